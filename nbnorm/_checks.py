@@ -1,0 +1,269 @@
+"""Every error message: each check returns the checked value or says what came and what was expected."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from nbnorm._dispatch import is_cuda, type_name
+
+SUPPORTED = (np.dtype(np.float32), np.dtype(np.float64))
+_NAMES = ", ".join(dtype.name for dtype in SUPPORTED)
+SMALL_BATCH = ("error", "warn", "zero", "running")
+NONFINITE = ("propagate", "skip", "raise")
+
+
+def array(name: str, x: Any) -> np.ndarray:
+    """Return a native, aligned float array that shares the memory of x where it can."""
+    if type(x) is np.ndarray and x.dtype in SUPPORTED and x.flags.aligned:
+        return x
+    if is_cuda(x):
+        raise RuntimeError(
+            f"{name} is a {type_name(x)} on a CUDA device, and this version of nbnorm has no CUDA backend; "
+            "copy it to a NumPy array first"
+        )
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name}: masked arrays are not supported; fill or index first")
+    if type_name(x) == "torch.Tensor":
+        raise TypeError(f"{name} is a torch.Tensor; expected a NumPy array, for example {name}.numpy()")
+    listed = isinstance(x, (list, tuple))
+    value = np.asarray(x)
+    if listed and value.dtype.kind in "biu":
+        value = value.astype(np.float64)
+    _float_dtype(name, value.dtype)
+    return np.require(value, value.dtype.newbyteorder("="), "A")
+
+
+def _float_dtype(name: str, dtype: np.dtype[Any]) -> None:
+    """Refuse every dtype but the supported ones, in either byte order."""
+    if dtype.newbyteorder("=") in SUPPORTED:
+        return
+    if dtype.kind in "biu":
+        raise TypeError(f"{name} has dtype {dtype}; cast to float32 or float64 first")
+    if dtype.kind == "f":
+        raise TypeError(f"{name}: dtype {dtype} is not supported; supported: {_NAMES}")
+    raise TypeError(f"{name} must be a real floating array, got dtype {dtype}")
+
+
+def at_least_2d(operation: str, x: np.ndarray) -> None:
+    """Refuse an array without a channel axis beside the samples."""
+    if x.ndim < 2:
+        raise ValueError(f"{operation} expects at least 2 dimensions (N, C, ...), got {x.ndim}")
+
+
+def axis(name: str, value: Any, ndim: int) -> int:
+    """Return an axis counted from the front."""
+    index = integer(name, value)
+    if not -ndim <= index < ndim:
+        raise np.exceptions.AxisError(index, ndim, name)
+    return index % ndim
+
+
+def integer(name: str, value: Any) -> int:
+    """Return an int from anything that is one exactly; bool is not."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def positive_integer(name: str, value: Any) -> int:
+    """Return a positive int."""
+    try:
+        number = integer(name, value)
+    except TypeError:
+        number = 0
+    if number <= 0:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return number
+
+
+def eps(value: Any) -> float:
+    """Return eps as a Python float."""
+    number = _number(value)
+    if not 0.0 <= number < np.inf:
+        raise ValueError(f"eps must be a finite number >= 0, got {value!r}")
+    return number
+
+
+def momentum(value: Any) -> float:
+    """Return the weight of the new value as a Python float."""
+    number = _number(value)
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"momentum must be in [0, 1], got {value!r}")
+    return number
+
+
+def _number(value: Any) -> float:
+    """Return a Python float, NaN for what is no number."""
+    if isinstance(value, (str, bytes)) or value is None:
+        return float("nan")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return float("nan")
+
+
+def ddof(value: Any) -> int:
+    """Return the delta degrees of freedom."""
+    if isinstance(value, (bool, np.bool_)) or value not in (0, 1):
+        raise ValueError(f"ddof must be 0 (biased) or 1 (unbiased), got {value!r}")
+    return int(value)
+
+
+def choice(name: str, value: Any, allowed: Collection[str]) -> str:
+    """Return one of some words."""
+    if not isinstance(value, str) or value not in allowed:
+        words = ", ".join(repr(word) for word in allowed)
+        raise ValueError(f"{name} must be one of {words}, got {value!r}")
+    return value
+
+
+def parameter(name: str, value: Any, channel_axis: int, x_shape: tuple[int, ...]) -> Any:
+    """Return weight or bias with one entry per channel, or None."""
+    if value is None:
+        return None
+    checked = array(name, value)
+    channels = x_shape[channel_axis]
+    if checked.shape != (channels,):
+        raise ValueError(
+            f"{name} has shape {checked.shape}, expected {(channels,)} = number of channels "
+            f"(axis {channel_axis} of x with shape {x_shape})"
+        )
+    return checked
+
+
+def statistic(name: str, value: Any, channels: int) -> np.ndarray:
+    """Return a mean or variance that is read, with one entry per channel."""
+    checked = array(name, value)
+    shape(name, checked, (channels,))
+    return checked
+
+
+def running(name: str, value: Any, channels: int) -> np.ndarray:
+    """Return a running statistic that will be updated in place."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be a NumPy array, which is updated in place, got {type_name(value)}")
+    if value.dtype not in SUPPORTED:
+        raise TypeError(f"{name} has dtype {value.dtype}, expected float32 or float64")
+    shape(name, value, (channels,))
+    if not value.flags.writeable:
+        raise ValueError(f"{name} is read-only, but is updated in place")
+    return value
+
+
+def both_or_neither(running_mean: Any, running_var: Any) -> bool:
+    """Whether both running statistics are there."""
+    if (running_mean is None) != (running_var is None):
+        given, missing = ("running_mean", "running_var")[:: 1 if running_var is None else -1]
+        raise ValueError(f"{given} was given without {missing}; give both or neither")
+    return running_mean is not None
+
+
+def shape(name: str, value: np.ndarray, expected: tuple[int, ...]) -> None:
+    """Compare shapes."""
+    if value.shape != expected:
+        raise ValueError(f"{name} has shape {value.shape}, expected {expected}")
+
+
+def dtype(name: str, value: np.ndarray, expected: np.dtype[Any]) -> None:
+    """Compare dtypes."""
+    if value.dtype != expected:
+        raise TypeError(f"{name} has dtype {value.dtype}, expected {expected}")
+
+
+def instance(name: str, value: Any, expected: type) -> None:
+    """Compare types."""
+    if not isinstance(value, expected):
+        raise TypeError(f"{name} must be a nbnorm.{expected.__name__}, got {type_name(value)}")
+
+
+def out(name: str, value: Any, expected_shape: tuple[int, ...], expected_dtype: np.dtype[Any]) -> None:
+    """Refuse a result buffer that cannot take the result."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be a NumPy array, got {type_name(value)}")
+    shape(name, value, expected_shape)
+    dtype(name, value, expected_dtype)
+    if not value.flags.writeable:
+        raise ValueError(f"{name}: output array is read-only")
+
+
+def disjoint(name: str, value: np.ndarray, others: Iterable[tuple[str, Any]], reason: str = "") -> None:
+    """Refuse memory that is shared with one of the other arrays."""
+    for other_name, other in others:
+        if other is not None and overlap(value, other):
+            raise ValueError(f"{name} shares memory with {other_name}{reason}")
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays have an element in common; True where that is too hard to tell."""
+    if a is b:
+        return a.size > 0
+    if (a.base is None and b.base is None) or not np.may_share_memory(a, b):
+        return False
+    try:
+        return bool(np.shares_memory(a, b, max_work=10_000))
+    except np.exceptions.TooHardError:
+        return True
+
+
+def keys(name: str, mapping: Mapping[str, Any], expected: Collection[str]) -> None:
+    """Refuse missing and unexpected keys, naming all of them."""
+    missing = sorted(set(expected) - set(mapping))
+    unexpected = sorted(set(mapping) - set(expected))
+    problems = [f"{word} keys {which}" for word, which in (("missing", missing), ("unexpected", unexpected)) if which]
+    if problems:
+        raise KeyError(f"{name} has {' and '.join(problems)}; expected {sorted(expected)}")
+
+
+def need(value: Any, known: tuple[str, ...]) -> frozenset[str]:
+    """Return the names of the gradients that are wanted."""
+    names = (value,) if isinstance(value, str) else tuple(value)
+    for name in names:
+        choice("every entry of need", name, known)
+    return frozenset(names)
+
+
+def parameter_dtype(value: Any) -> np.dtype[Any]:
+    """Return the dtype of a layer's parameters."""
+    try:
+        result = np.dtype(value)
+    except TypeError:
+        result = None
+    if result not in SUPPORTED:
+        raise TypeError(f"dtype must be one of {_NAMES}, got {value!r}")
+    return result
+
+
+def channels(layer: str, x: np.ndarray, channel_axis: int, expected: int) -> None:
+    """Compare the channels of x with those of a layer."""
+    if x.shape[channel_axis] != expected:
+        raise ValueError(
+            f"{layer} expects {expected} channels on axis {channel_axis}, got x with shape {x.shape}"
+        )
+
+
+def state(name: str, value: Any, like: np.ndarray) -> np.ndarray:
+    """Return an entry of a state dict that fits the layer's array."""
+    entry = np.asarray(value)
+    if entry.dtype.kind not in "fiu":
+        raise ValueError(f"{name} has dtype {entry.dtype}, expected {like.dtype}")
+    shape(name, entry, like.shape)
+    if np.isnan(entry).any():
+        raise ValueError(f"{name} contains NaN")
+    if name == "running_var" and (entry < 0).any():
+        raise ValueError(f"running_var must be >= 0, got {entry.min()}")
+    return entry
+
+
+def count(name: str, value: Any) -> int:
+    """Return a number of batches from an int or an array of one."""
+    number = np.asarray(value)
+    if number.size != 1 or number.dtype.kind not in "iu" or number.item() < 0:
+        raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
+    return int(number.item())

@@ -1,0 +1,161 @@
+"""The CPU backend: verbs on a view and arrays that share its memory order.
+
+Every verb flattens its arrays, picks the traversal of the view and starts one fused kernel where whole
+slots keep the threads busy, else one kernel per pass; both give the same bits. Statistics and sums are
+float64 arrays with one entry per slot.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nbnorm._cpu import columns, planes
+from nbnorm._cpu.launch import flat, helper, threads_for
+from nbnorm._math import blend, merge, reciprocal_std
+from nbnorm._view import View
+
+__all__ = [
+    "apply", "backward", "forward", "grad_sums", "input_grad", "merge_moments", "moments", "rstd", "update_running",
+]  # fmt: skip
+
+_TRAVERSALS = {"planes": planes, "columns": columns}
+
+Array = np.ndarray
+
+
+def line(parameter: Array | None) -> Array | None:
+    """View an optional parameter as a contiguous line."""
+    return None if parameter is None else flat(parameter)
+
+
+def moments(view: View, x: Array) -> tuple[Array, Array]:
+    """Mean and m2 (the sum of squared deviations) of every slot."""
+    walk = _TRAVERSALS[view.traversal]
+    mean, m2 = np.zeros((2, view.slots))
+    if view.size:
+        walk.moments_kernel(threads_for(view.size), walk.geometry(view), flat(x), mean, m2)
+    return mean, m2
+
+
+def rstd(m2: Array, count: float, eps: float) -> Array:
+    """1 / sqrt(var + eps) of every slot."""
+    result = np.empty(m2.shape)
+    _rstd_kernel(m2, count, eps, result)
+    return result
+
+
+def apply(
+    view: View, x: Array, y: Array, mean: Array, rstd: Array, weight: Array | None, bias: Array | None
+) -> None:
+    """Normalize x with given statistics into y."""
+    if view.size:
+        walk = _TRAVERSALS[view.traversal]
+        g = walk.geometry(view)
+        walk.apply_kernel(threads_for(view.size), g, flat(x), flat(y), mean, rstd, line(weight), line(bias))
+
+
+def forward(
+    view: View, x: Array, y: Array, weight: Array | None, bias: Array | None, eps: float
+) -> tuple[Array, Array, Array]:
+    """Normalize x with its own statistics into y; return mean, m2 and rstd."""
+    threads = threads_for(view.size)
+    walk = _TRAVERSALS[view.traversal]
+    if not view.size or not walk.fused(view, threads):
+        mean, m2 = moments(view, x)
+        slot_rstd = rstd(m2, view.count, eps)
+        apply(view, x, y, mean, slot_rstd, weight, bias)
+        return mean, m2, slot_rstd
+    mean, m2, slot_rstd = np.empty((3, view.slots))
+    g = walk.geometry(view)
+    walk.forward_kernel(threads, g, flat(x), flat(y), line(weight), line(bias), eps, mean, m2, slot_rstd)
+    return mean, m2, slot_rstd
+
+
+def grad_sums(view: View, x: Array, dy: Array, mean: Array, rstd: Array) -> tuple[Array, Array]:
+    """Sums of dz and of dz * x_hat over every slot."""
+    sum_dz, sum_dz_x_hat = np.zeros((2, view.slots))
+    if view.size:
+        walk = _TRAVERSALS[view.traversal]
+        g = walk.geometry(view)
+        walk.grad_sums_kernel(
+            threads_for(view.size), g, flat(x), flat(dy), mean, rstd, sum_dz, sum_dz_x_hat
+        )
+    return sum_dz, sum_dz_x_hat
+
+
+def input_grad(
+    view: View, x: Array, dy: Array, dx: Array, mean: Array, rstd: Array, weight: Array | None,
+    sums: tuple[Array, Array], count: float, constant: bool,
+) -> None:  # fmt: skip
+    """Write dx; ``constant`` statistics have no gradient of their own."""
+    if view.size:
+        walk = _TRAVERSALS[view.traversal]
+        g = walk.geometry(view)
+        walk.input_grad_kernel(
+            threads_for(view.size), g, flat(x), flat(dy), flat(dx), mean, rstd, line(weight), *sums, count, constant
+        )
+
+
+def backward(
+    view: View, x: Array, dy: Array, dx: Array, mean: Array, rstd: Array, weight: Array | None, count: float
+) -> tuple[Array, Array]:
+    """Write dx and return the sums of dz and of dz * x_hat, statistics being those of x."""
+    threads = threads_for(view.size)
+    walk = _TRAVERSALS[view.traversal]
+    if not view.size or not walk.fused(view, threads):
+        sums = grad_sums(view, x, dy, mean, rstd)
+        input_grad(view, x, dy, dx, mean, rstd, weight, sums, count, False)
+        return sums
+    sum_dz, sum_dz_x_hat = np.empty((2, view.slots))
+    g = walk.geometry(view)
+    walk.backward_kernel(
+        threads, g, flat(x), flat(dy), flat(dx), mean, rstd, line(weight), sum_dz, sum_dz_x_hat, count
+    )
+    return sum_dz, sum_dz_x_hat
+
+
+def merge_moments(
+    n_a: float, mean_a: Array, m2_a: Array, n_b: float, mean_b: Array, m2_b: Array
+) -> tuple[float, Array, Array]:
+    """Merge two sets of moments, slot by slot."""
+    mean, m2 = np.empty((2, mean_a.size))
+    _merge_kernel(n_a, mean_a, m2_a, n_b, mean_b, m2_b, mean, m2)
+    return n_a + n_b, mean, m2
+
+
+def update_running(
+    running_mean: Array, running_var: Array, mean: Array, var: Array | None, momentum: float, guard: bool
+) -> int:
+    """Blend batch statistics into the running ones; ``guard`` leaves out slots that would become non-finite.
+
+    Without a variance only the mean is blended. Returns the number of slots left out.
+    """
+    return int(_update_kernel(running_mean, running_var, mean, var, momentum, guard))
+
+
+@helper
+def _rstd_kernel(m2, count, eps, result):
+    for i in range(m2.shape[0]):
+        result[i] = reciprocal_std(m2[i], count, eps)
+
+
+@helper
+def _merge_kernel(n_a, mean_a, m2_a, n_b, mean_b, m2_b, mean, m2):
+    for i in range(mean.shape[0]):
+        _, mean[i], m2[i] = merge(n_a, mean_a[i], m2_a[i], n_b, mean_b[i], m2_b[i])
+
+
+@helper
+def _update_kernel(running_mean, running_var, mean, var, momentum, guard):
+    skipped = 0
+    for i in range(mean.shape[0]):
+        new_mean = running_mean.dtype.type(blend(running_mean[i], mean[i], momentum))
+        new_var = running_var[i]
+        if var is not None:
+            new_var = running_var.dtype.type(blend(running_var[i], var[i], momentum))
+        if guard and not (np.isfinite(new_mean) and np.isfinite(new_var)):
+            skipped += 1
+        else:
+            running_mean[i] = new_mean
+            running_var[i] = new_var
+    return skipped

@@ -1,0 +1,113 @@
+"""How a kernel is compiled and started: helpers, reductions, and the serial and parallel twins."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from numba import njit
+
+# Elements below which waking a team of threads costs more than it saves (benchmarks/bench_batch_norm.py, Small).
+PARALLEL_MIN = 32768
+
+helper = njit(error_model="numpy", nogil=True)
+# The least that lets LLVM vectorize a sum; NaN and Inf keep their meaning.
+reduction = njit(error_model="numpy", nogil=True, fastmath={"reassoc", "contract"})
+
+
+class Twins:
+    """A loop over independent tasks, compiled from one source as a serial and as a parallel kernel.
+
+    Both have the same bits, so the serial one may take over wherever a team of threads does not pay or
+    is not safe.
+    """
+
+    def __init__(self, body: Callable[..., Any]) -> None:
+        self.serial = njit(error_model="numpy", nogil=True)(body)
+        self.parallel = njit(error_model="numpy", nogil=True, parallel=True)(body)
+        self.__name__ = body.__name__
+        self.__doc__ = body.__doc__
+
+    def __call__(self, threads: int, *args: Any) -> Any:
+        leave = _team.enter() if threads > 1 else None
+        if leave is None:
+            return self.serial(*args)
+        try:
+            return self.parallel(*args)
+        finally:
+            leave()
+
+
+class _Team:
+    """Says when a team of threads may be started.
+
+    Numba's workqueue layer aborts the process when two threads use it at once, and GNU OpenMP kills or
+    hangs a forked child whose parent has used it.
+    """
+
+    def __init__(self) -> None:
+        self.enabled = os.environ.get("NBNORM_PARALLEL", "1") != "0"
+        self.lock = threading.Lock()
+
+    def after_fork_in_child(self) -> None:
+        self.lock = threading.Lock()
+        if _layer() == "omp":
+            self.enabled = False
+
+    def enter(self) -> Callable[[], None] | None:
+        """Return what is to be called at the end, or None where the kernel must stay serial."""
+        if _layer() in ("omp", "tbb"):
+            return _nothing
+        return self.lock.release if self.lock.acquire(blocking=False) else None
+
+
+def _nothing() -> None:
+    pass
+
+
+def _layer() -> str | None:
+    """Name of Numba's threading layer; None until the first parallel kernel starts one."""
+    try:
+        return str(numba.threading_layer())
+    except ValueError:
+        return None
+
+
+_team = _Team()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_team.after_fork_in_child)
+
+
+def threads_for(work: int) -> int:
+    """Return how many threads should share ``work`` elements."""
+    if work < PARALLEL_MIN or not _team.enabled:
+        return 1
+    return int(numba.get_num_threads())
+
+
+def balanced(tasks: int, threads: int) -> bool:
+    """Whether equal tasks, dealt out evenly, leave the threads idle for at most a tenth of the time."""
+    return threads == 1 or tasks >= 0.9 * threads * -(-tasks // threads)
+
+
+def flat(x: np.ndarray) -> np.ndarray:
+    """View a dense array as one dimension in memory order, typed as writable.
+
+    Numba compiles a second kernel for each read-only argument; inputs are never written, so the flag alone
+    is not worth one.
+    """
+    line = x.ravel("K")
+    return line if line.flags.writeable else np.asarray(_Writable(line))
+
+
+class _Writable:
+    """The memory of a read-only array behind NumPy's array interface, without the flag."""
+
+    def __init__(self, line: np.ndarray) -> None:
+        self.line = line
+        interface = line.__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}

@@ -1,0 +1,79 @@
+"""Each formula once: scalar functions without fastmath, compiled for whichever device calls them.
+
+Statistics and sums are float64; what meets an element has the type of the array (``like`` stands for it).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+formula = njit(error_model="numpy", nogil=True)
+
+
+@formula
+def merge(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
+    """Count, mean and m2 of two disjoint sets of values together (Chan, Golub & LeVeque 1979); symmetric."""
+    if n_b == 0.0:
+        return n_a, mean_a, m2_a
+    if n_a == 0.0:
+        return n_b, mean_b, m2_b
+    n = n_a + n_b
+    delta = mean_b - mean_a
+    mean = mean_a if delta == 0.0 else (n_a * mean_a + n_b * mean_b) / n
+    return n, mean, m2_a + m2_b + delta * delta * (n_a * n_b / n)
+
+
+@formula
+def reciprocal_std(m2, n, eps):
+    """1 / sqrt(var + eps) with the biased variance, the one that normalizes; 0 without values."""
+    return 0.0 if n == 0.0 else 1.0 / np.sqrt(m2 / n + eps)
+
+
+@formula
+def affine(mean, rstd, weight, bias, like):
+    """Coefficients (mean_hi, scale, shift) of `normalize` in the type of ``like``.
+
+    ``mean_hi`` is the mean rounded to that type; the bits it lacks go into the shift, so that nothing is
+    lost where the mean is much larger than the standard deviation.
+    """
+    mean_hi = like.dtype.type(mean)
+    scale = rstd * weight
+    shift = bias - (mean - mean_hi) * scale
+    return mean_hi, like.dtype.type(scale), like.dtype.type(shift)
+
+
+@formula
+def normalize(x, mean_hi, scale, shift):
+    """(x - mean) * scale + bias, by the coefficients of `affine`."""
+    return (x - mean_hi) * scale + shift
+
+
+@formula
+def gradient_terms(mean, rstd, weight, sum_dz, sum_dz_x_hat, n, constant, like):
+    """Coefficients (slope, offset, gain) of `input_gradient` in the type of ``like``.
+
+    dx = rstd * (g - c1 - x_hat * c2), where g = dz * weight, and c1 and c2 are the means of g and g * x_hat.
+    Constant statistics have neither c1 nor c2. A slot of one value has dx = 0, exactly.
+    """
+    gain = rstd * weight
+    if constant:
+        slope = offset = 0.0
+    elif n == 1.0:
+        gain = slope = offset = 0.0
+    else:
+        slope = -gain * (sum_dz_x_hat / n)
+        offset = -gain * (sum_dz / n) - (mean - like.dtype.type(mean)) * rstd * slope
+    return like.dtype.type(slope), like.dtype.type(offset), like.dtype.type(gain)
+
+
+@formula
+def input_gradient(dz, x_hat, slope, offset, gain):
+    """Dx of one element; ``x_hat`` = (x - mean_hi) * rstd, relative to the rounded mean."""
+    return dz * gain + (x_hat * slope + offset)
+
+
+@formula
+def blend(old, new, momentum):
+    """Exponential moving average whose momentum weighs the new value; 1 assigns even next to NaN."""
+    return new if momentum == 1.0 else (1.0 - momentum) * old + momentum * new

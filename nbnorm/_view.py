@@ -1,0 +1,135 @@
+"""The canonical view: every normalization is one computation on ``(batch, outer, group, inner)``.
+
+Statistics belong to a *slot*, one (batch, group) pair, and are reduced over outer and inner.
+Element (slot k, inner i) uses parameter ``(k % period) * width + i // run``, with
+``width * run == inner``. Views are planned once from shapes and strides, with plain integers, and cached.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+# Channels-first segments up to this length are walked as columns of C*S lanes: SIMD loops over shorter
+# segments are mostly head and tail (benchmarks/bench_batch_norm.py, ShortSegments).
+SHORT_SEGMENT = 64
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """An array in memory order seen as ``(batch, outer, group, inner)``.
+
+    Attributes
+    ----------
+    batch, outer, group, inner : int
+        The canonical sizes: batch * group slots of outer * inner values each.
+    period, width, run : int
+        The parameter rule (see the module).
+    traversal : {"rows", "planes", "columns"}
+        How memory is walked: along segments with a parameter per element, along segments with a
+        parameter per run of elements, or down the columns of all lanes.
+    """
+
+    batch: int
+    outer: int
+    group: int
+    inner: int
+    period: int
+    width: int
+    run: int
+    traversal: str
+
+    @property
+    def slots(self) -> int:
+        """Number of means and variances."""
+        return self.batch * self.group
+
+    @property
+    def count(self) -> int:
+        """Number of values in a slot."""
+        return self.outer * self.inner
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.slots * self.count
+
+
+@lru_cache(maxsize=4096)
+def memory_order(shape: Shape, strides: Shape, itemsize: int) -> Shape | None:
+    """Return the axes longer than one from slowest to fastest, or None for an array with gaps.
+
+    Two arrays of one shape whose memory orders are equal put every element at the same place. Overlapping
+    elements and negative strides count as gaps; an empty array has none.
+    """
+    order = tuple(sorted((axis for axis, n in enumerate(shape) if n > 1), key=lambda axis: -strides[axis]))
+    if 0 in shape:
+        return order
+    step = itemsize
+    for axis in reversed(order):
+        if strides[axis] != step:
+            return None
+        step *= shape[axis]
+    return order
+
+
+@lru_cache(maxsize=4096)
+def batch_view(shape: Shape, strides: Shape, itemsize: int, channel_axis: int) -> View | None:
+    """Plan batch norm: any dense permutation of the axes, a slot per channel; None for an array with gaps."""
+    order = memory_order(shape, strides, itemsize)
+    if order is None:
+        return None
+    channels = shape[channel_axis]
+    at = order.index(channel_axis) if channels > 1 else 0
+    outer = prod(shape[axis] for axis in order[:at])
+    inner = prod(shape) // (outer * channels) if channels else 0
+    down = inner == 1 or (outer > 1 and inner <= SHORT_SEGMENT)
+    return View(1, outer, channels, inner, channels, 1, inner, "columns" if down else "planes")
+
+
+@lru_cache(maxsize=4096)
+def group_view(
+    shape: Shape, strides: Shape, itemsize: int, channel_axis: int, num_groups: int
+) -> View | None:
+    """Plan group norm: blocks of neighbouring channels of one sample share statistics.
+
+    Samples lie on the first axis that is not the channels'. Memory order (samples, channels, space) and
+    (samples, space, channels) need no copy; None stands for every other one.
+    """
+    order = memory_order(shape, strides, itemsize)
+    sample_axis = 1 if channel_axis == 0 else 0
+    samples, channels = shape[sample_axis], shape[channel_axis]
+    width = channels // num_groups
+    space = prod(n for axis, n in enumerate(shape) if axis not in (sample_axis, channel_axis))
+    if order is None:
+        return None
+    spatial = tuple(axis for axis in order if axis not in (sample_axis, channel_axis))
+    sample = (sample_axis,) if samples > 1 else ()
+    channel = (channel_axis,) if channels > 1 else ()
+    if order == sample + channel + spatial:
+        traversal = "rows" if space == 1 and width > 1 else "planes"
+        return View(
+            1, 1, samples * num_groups, width * space, num_groups, width, space, traversal
+        )
+    if order == sample + spatial + channel:
+        return View(samples, space, num_groups, width, num_groups, width, 1, "columns")
+    return None
+
+
+def instance_view(shape: Shape, strides: Shape, itemsize: int, channel_axis: int) -> View | None:
+    """Plan instance norm: group norm with one channel per group."""
+    return group_view(shape, strides, itemsize, channel_axis, max(shape[channel_axis], 1))
+
+
+@lru_cache(maxsize=4096)
+def trailing_view(shape: Shape, strides: Shape, itemsize: int, normalized: int) -> View | None:
+    """Plan layer and RMS norm over the last ``normalized`` axes; None where the array is not in C order."""
+    order = memory_order(shape, strides, itemsize)
+    if order is None or list(order) != sorted(order):
+        return None
+    split = len(shape) - normalized
+    rows, width = prod(shape[:split]), prod(shape[split:])
+    return View(1, 1, rows, width, 1, width, 1, "rows")

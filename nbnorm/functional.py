@@ -1,0 +1,225 @@
+"""Batch normalization as functions on arrays: check, plan, delegate to the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from nbnorm import _batch, _checks
+from nbnorm.running import Rule
+from nbnorm.saved import Saved
+
+Array = np.ndarray
+GRADIENTS = ("dx", "dweight", "dbias")
+
+
+def batch_norm_forward(
+    x: Any,
+    weight: Any = None,
+    bias: Any = None,
+    running_mean: Any = None,
+    running_var: Any = None,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    ddof: int = 1,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    small_batch: str = "error",
+    nonfinite: str = "propagate",
+    out: Array | None = None,
+) -> tuple[Array, Saved]:
+    r"""Normalize each channel of a batch, scale and shift it, and update the running statistics.
+
+    .. math:: y = \frac{x - mean}{\sqrt{var + eps}} \cdot weight + bias
+
+    where mean and (biased) var are taken over all axes but the channels', or, with ``training=False``,
+    are the running ones.
+
+    Parameters
+    ----------
+    x : array_like, shape (N, C, ...) or any other with a channel axis
+        float32 or float64, with any strides.
+    weight, bias : array_like, shape (C,), optional
+        Scale and shift per channel; None stands for 1 and 0.
+    running_mean, running_var : ndarray, shape (C,), optional
+        float32 or float64, both or neither; updated in place, last and only if all else succeeded:
+        ``running = (1 - momentum) * running + momentum * batch``.
+    training : bool
+        Whether the statistics are those of the batch.
+    momentum : float
+        Weight of the new value, from 0 (leave the running statistics alone) to 1 (assign).
+    ddof : {0, 1}
+        The running variance is m2 / (count - ddof): 1 stores the unbiased one (PyTorch, Chainer), 0 the
+        biased one (Keras, Flax). Normalization itself always uses the biased one.
+    eps : float
+        Added to the variance.
+    channel_axis : int
+        The axis that keeps its own statistics: 1 for channels first, -1 for channels last.
+    small_batch : {"error", "warn", "zero", "running"}
+        What happens in training when a channel has one value only: a ValueError; the output ``bias`` without
+        an update of the running statistics, with or without a warning; or normalization by the running
+        statistics, which are then updated by ``running_var = (1 - m) * (running_var + m * (x - old_mean)**2)``.
+    nonfinite : {"propagate", "skip", "raise"}
+        What a NaN or infinite batch statistic, or one that overflows the running buffer, does to the running
+        ones: enters them; leaves the channel's old ones; raises before anything is written.
+    out : ndarray, optional
+        Buffer for y, with the shape and dtype of x and any strides; it must not share memory with x.
+
+    Returns
+    -------
+    y : ndarray
+        With the shape, dtype and memory order of x.
+    saved : Saved
+        What `batch_norm_backward` needs.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        If an argument does not fit; nothing has been written then.
+    FloatingPointError
+        With ``nonfinite="raise"``.
+
+    Warns
+    -----
+    RuntimeWarning
+        With ``small_batch="warn"``, and for 0 / 0 where ``eps=0`` meets a constant channel.
+
+    References
+    ----------
+    Ioffe, Szegedy: Batch Normalization (2015), https://arxiv.org/abs/1502.03167.
+
+    Examples
+    --------
+    >>> import numpy as np, nbnorm
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> y, saved = nbnorm.batch_norm_forward(x, eps=0.0)
+    >>> y
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    >>> saved.mean
+    array([ 2., 20.])
+    """
+    call = _batch.prepare("batch_norm_forward", x, weight, bias, eps, channel_axis, out)
+    momentum, ddof = _checks.momentum(momentum), _checks.ddof(ddof)
+    _checks.choice("small_batch", small_batch, _checks.SMALL_BATCH)
+    _checks.choice("nonfinite", nonfinite, _checks.NONFINITE)
+    _batch.keep_x(call)
+    if not training:
+        return _batch.forward_eval(call, running_mean, running_var)
+    rule = Rule(momentum, ddof, nonfinite)
+    y, saved, _ = _batch.forward_training(call, running_mean, running_var, rule, small_batch)
+    return y, saved
+
+
+def batch_norm_inference(
+    x: Any,
+    mean: Any,
+    var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    out: Array | None = None,
+) -> Array:
+    r"""Normalize each channel by given statistics, as a trained network does.
+
+    .. math:: y = \frac{x - mean}{\sqrt{var + eps}} \cdot weight + bias
+
+    Parameters
+    ----------
+    x : array_like, shape (N, C, ...) or any other with a channel axis
+        float32 or float64, with any strides.
+    mean, var : array_like, shape (C,)
+        Statistics of each channel, usually the running ones.
+    weight, bias : array_like, shape (C,), optional
+        Scale and shift; None stands for 1 and 0.
+    eps : float
+        Added to the variance.
+    channel_axis : int
+        The axis of the channels.
+    out : ndarray, optional
+        Buffer for y, with the shape and dtype of x and any strides; it may be x itself.
+
+    Returns
+    -------
+    ndarray
+        With the shape, dtype and memory order of x. A negative variance gives NaN.
+
+    Raises
+    ------
+    TypeError, ValueError, numpy.exceptions.AxisError
+        If an argument does not fit; nothing has been written then.
+
+    Examples
+    --------
+    >>> import numpy as np, nbnorm
+    >>> nbnorm.batch_norm_inference(np.array([[1.0], [5.0]]), [3.0], [4.0], eps=0.0)
+    array([[-1.],
+           [ 1.]])
+    """
+    call = _batch.prepare("batch_norm_inference", x, weight, bias, eps, channel_axis, out)
+    mean, var = _checks.statistic("mean", mean, call.view.slots), _checks.statistic("var", var, call.view.slots)
+    return _batch.forward_by_constants(call, mean, var)[0]
+
+
+def batch_norm_backward(
+    dy: Any,
+    saved: Saved,
+    *,
+    need: Collection[str] = GRADIENTS,
+    out: tuple[Array | None, ...] | None = None,
+) -> tuple[Array | None, Array | None, Array | None]:
+    r"""Gradients of `batch_norm_forward` by x, weight and bias.
+
+    .. math::
+        dx = rstd \cdot \left(g - \overline{g} - \hat x \cdot \overline{g \hat x}\right),
+        \quad g = dy \cdot weight, \quad dweight = \sum dy \, \hat x, \quad dbias = \sum dy
+
+    with means and sums over each channel; constant statistics (eval) leave dx = rstd * g.
+
+    Parameters
+    ----------
+    dy : array_like
+        Gradient of the loss by y, with the shape and dtype of x and any strides.
+    saved : Saved
+        From the forward call. It is not changed: backward may run again.
+    need : collection of {"dx", "dweight", "dbias"}
+        The gradients to compute; the others come back as None and cost nothing.
+    out : tuple of (ndarray or None), optional
+        Buffers for dx, dweight and dbias. dx may go into dy.
+
+    Returns
+    -------
+    dx : ndarray or None
+        With the shape, dtype and memory order of x.
+    dweight, dbias : ndarray or None
+        Summed in float64, with the dtypes of weight and bias; None where forward had none.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument does not fit; nothing has been written then.
+
+    Examples
+    --------
+    >>> import numpy as np, nbnorm
+    >>> x = np.array([[1.0], [2.0], [6.0]])
+    >>> y, saved = nbnorm.batch_norm_forward(x, np.ones(1), np.zeros(1))
+    >>> dx, dweight, dbias = nbnorm.batch_norm_backward(np.array([[1.0], [0.0], [0.0]]), saved)
+    >>> dbias
+    array([1.])
+    """
+    _checks.instance("saved", saved, Saved)
+    names = _checks.need(need, GRADIENTS)
+    dy = _batch.gradient(dy, saved)
+    likes = (saved.x, saved.weight, saved.bias)
+    wanted = [name in names and like is not None for name, like in zip(GRADIENTS, likes, strict=True)]
+    buffers = _batch.gradient_buffers(out, GRADIENTS, likes, wanted)
+    dx, sums = _batch.backward(dy, saved, wanted[0], any(wanted[1:]), buffers[0])
+    dweight = _batch.cast(sums[1], saved.weight, buffers[1]) if wanted[1] else None
+    dbias = _batch.cast(sums[0], saved.bias, buffers[2]) if wanted[2] else None
+    return dx, dweight, dbias
