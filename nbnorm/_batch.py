@@ -73,9 +73,10 @@ def forward_training(
     """
     pair = running_pair(call, running_mean, running_var)
     if call.view.count == 1 and call.view.size:
-        pair = single_value(call, pair, small_batch)
         if small_batch == "running":
             return forward_single(call, pair, rule)
+        refuse_single_value(call, small_batch)
+        pair = None
     be, view = backend(call.x), call.view
     if rule.nonfinite == "raise":
         mean, m2 = be.moments(view, call.x)
@@ -93,22 +94,19 @@ def forward_training(
     return y, saved, running.update(pair, mean, running.batch_var(view.count, m2, rule.ddof), rule)
 
 
-def single_value(call: Call, pair: Pair | None, small_batch: str) -> Pair | None:
-    """Apply the policy for one value per channel; return the running buffers if they take part."""
+def refuse_single_value(call: Call, small_batch: str) -> None:
+    """Raise or warn where one value per channel leaves no variance to train on."""
     message = f"expected more than 1 value per channel when training, got input shape {call.source.shape}"
     if small_batch == "error":
         raise ValueError(message)
-    if small_batch == "running":
-        if pair is None:
-            raise ValueError(f"running_mean and running_var are required when small_batch='running'; {message}")
-        return pair
     if small_batch == "warn":
         warnings.warn(message, RuntimeWarning, stacklevel=4)
-    return None
 
 
-def forward_single(call: Call, pair: Pair, rule: Rule) -> tuple[Array, Saved, int]:
+def forward_single(call: Call, pair: Pair | None, rule: Rule) -> tuple[Array, Saved, int]:
     """Normalize one value per channel by the running statistics, then update these by its deviation."""
+    if pair is None:
+        raise ValueError("running_mean and running_var are required when small_batch='running'")
     value, _ = backend(call.x).moments(call.view, call.x)
     var = (1.0 - rule.momentum) * (value - pair[0]) ** 2
     if rule.nonfinite == "raise":
@@ -138,7 +136,9 @@ def forward_by_moments(call: Call, m: Moments, constant: bool) -> tuple[Array, S
     rstd = m.rstd(call.eps)
     y = normalize(call, m.mean, rstd)
     warn_of_zero_over_zero(call, m.m2)
-    return y, Saved(call.x, call.weight, call.bias, m.mean, rstd, m.count, None if constant else m.m2, call.view)
+    return y, Saved(
+        call.x, call.weight, call.bias, m.mean, rstd, m.count, None if constant else m.m2, call.view
+    )
 
 
 def normalize(call: Call, mean: Array, rstd: Array) -> Array:
@@ -197,7 +197,9 @@ def gradient_buffers(
     if out is None:
         return (None,) * len(names)
     if not isinstance(out, tuple) or len(out) != len(names):
-        raise ValueError(f"out must be a tuple of {len(names)} arrays or None ({', '.join(names)}), got {out!r:.80}")
+        raise ValueError(
+            f"out must be a tuple of {len(names)} arrays or None ({', '.join(names)}), got {out!r:.80}"
+        )
     for i, (name, like, buffer) in enumerate(zip(names, likes, out, strict=True)):
         if buffer is not None and not wanted[i]:
             raise ValueError(f"out[{i}] was given, but {name} is not computed")

@@ -207,7 +207,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> bool:
     if (a.base is None and b.base is None) or not np.may_share_memory(a, b):
         return False
     try:
-        return bool(np.shares_memory(a, b, max_work=10_000))
+        return bool(np.shares_memory(a, b, max_work=10_000))  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
@@ -216,7 +216,9 @@ def keys(name: str, mapping: Mapping[str, Any], expected: Collection[str]) -> No
     """Refuse missing and unexpected keys, naming all of them."""
     missing = sorted(set(expected) - set(mapping))
     unexpected = sorted(set(mapping) - set(expected))
-    problems = [f"{word} keys {which}" for word, which in (("missing", missing), ("unexpected", unexpected)) if which]
+    problems = [
+        f"{word} keys {which}" for word, which in (("missing", missing), ("unexpected", unexpected)) if which
+    ]
     if problems:
         raise KeyError(f"{name} has {' and '.join(problems)}; expected {sorted(expected)}")
 
@@ -231,13 +233,10 @@ def need(value: Any, known: tuple[str, ...]) -> frozenset[str]:
 
 def parameter_dtype(value: Any) -> np.dtype[Any]:
     """Return the dtype of a layer's parameters."""
-    try:
-        result = np.dtype(value)
-    except TypeError:
-        result = None
-    if result not in SUPPORTED:
-        raise TypeError(f"dtype must be one of {_NAMES}, got {value!r}")
-    return result
+    for supported in SUPPORTED:
+        if supported == value:
+            return supported
+    raise TypeError(f"dtype must be one of {_NAMES}, got {value!r}")
 
 
 def channels(layer: str, x: np.ndarray, channel_axis: int, expected: int) -> None:

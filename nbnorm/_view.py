@@ -111,9 +111,7 @@ def group_view(
     channel = (channel_axis,) if channels > 1 else ()
     if order == sample + channel + spatial:
         traversal = "rows" if space == 1 and width > 1 else "planes"
-        return View(
-            1, 1, samples * num_groups, width * space, num_groups, width, space, traversal
-        )
+        return View(1, 1, samples * num_groups, width * space, num_groups, width, space, traversal)
     if order == sample + spatial + channel:
         return View(samples, space, num_groups, width, num_groups, width, 1, "columns")
     return None

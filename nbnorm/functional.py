@@ -162,7 +162,10 @@ def batch_norm_inference(
            [ 1.]])
     """
     call = _batch.prepare("batch_norm_inference", x, weight, bias, eps, channel_axis, out)
-    mean, var = _checks.statistic("mean", mean, call.view.slots), _checks.statistic("var", var, call.view.slots)
+    mean, var = (
+        _checks.statistic("mean", mean, call.view.slots),
+        _checks.statistic("var", var, call.view.slots),
+    )
     return _batch.forward_by_constants(call, mean, var)[0]
 
 
@@ -220,6 +223,6 @@ def batch_norm_backward(
     wanted = [name in names and like is not None for name, like in zip(GRADIENTS, likes, strict=True)]
     buffers = _batch.gradient_buffers(out, GRADIENTS, likes, wanted)
     dx, sums = _batch.backward(dy, saved, wanted[0], any(wanted[1:]), buffers[0])
-    dweight = _batch.cast(sums[1], saved.weight, buffers[1]) if wanted[1] else None
-    dbias = _batch.cast(sums[0], saved.bias, buffers[2]) if wanted[2] else None
+    dweight = _batch.cast(sums[1], saved.weight, buffers[1]) if wanted[1] else None  # type: ignore[arg-type]
+    dbias = _batch.cast(sums[0], saved.bias, buffers[2]) if wanted[2] else None  # type: ignore[arg-type]
     return dx, dweight, dbias

@@ -168,8 +168,8 @@ class BatchNorm:
         """Normalize by the batch and track it; under the lock, so that threads lose no update."""
         momentum = 1.0 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
         rule = Rule(momentum, self.ddof, self.nonfinite)
-        pair = self._running or (None, None)
-        y, saved, update = _batch.forward_training(call, *pair, rule, self.small_batch)
+        mean, var = self._running or (None, None)
+        y, saved, update = _batch.forward_training(call, mean, var, rule, self.small_batch)
         self.num_batches_tracked += update is not None
         self.skipped_updates += update or 0
         return y, saved

@@ -82,22 +82,22 @@ class Moments:
         """
         _checks.instance("other", other, Moments)
         _checks.shape("other.mean", other.mean, self.mean.shape)
-        return Moments(
-            *_cpu.merge_moments(self.count, self.mean, self.m2, other.count, other.mean, other.m2)
-        )
+        return Moments(*_cpu.merge_moments(self.count, self.mean, self.m2, other.count, other.mean, other.m2))
 
     def var(self, ddof: int = 0) -> np.ndarray:
         """Return m2 / (count - ddof): biased for ``ddof=0``, unbiased for ``ddof=1``; NaN without enough data."""
         freedom = self.count - ddof
-        return self.m2 / freedom if freedom > 0 else np.full(self.m2.shape, np.nan)
+        if freedom <= 0.0:
+            return np.full(self.m2.shape, np.nan)
+        return np.divide(self.m2, freedom)
 
     def std(self, ddof: int = 0) -> np.ndarray:
         """Return the square root of `var`."""
-        return np.sqrt(self.var(ddof))
+        return np.asarray(np.sqrt(self.var(ddof)))
 
     def rstd(self, eps: float) -> np.ndarray:
         """Return 1 / sqrt(var + eps), the factor that normalizes."""
-        return _cpu.rstd(self.m2, self.count, _checks.eps(eps))
+        return np.asarray(_cpu.rstd(self.m2, self.count, _checks.eps(eps)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

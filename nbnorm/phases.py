@@ -102,7 +102,9 @@ def batch_norm_apply(
     _checks.instance("m", m, Moments)
     _checks.shape("m.mean", m.mean, (call.view.slots,))
     if m.count == 0.0 and call.view.size:
-        raise ValueError(f"m has count 0, expected the moments of the batch that x with shape {call.x.shape} is part of")
+        raise ValueError(
+            f"m has count 0, expected the moments of the batch that x with shape {call.x.shape} is part of"
+        )
     _batch.keep_x(call)
     return _batch.forward_by_moments(call, m, constant)
 

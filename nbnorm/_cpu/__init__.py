@@ -77,9 +77,7 @@ def grad_sums(view: View, x: Array, dy: Array, mean: Array, rstd: Array) -> tupl
     if view.size:
         walk = _TRAVERSALS[view.traversal]
         g = walk.geometry(view)
-        walk.grad_sums_kernel(
-            threads_for(view.size), g, flat(x), flat(dy), mean, rstd, sum_dz, sum_dz_x_hat
-        )
+        walk.grad_sums_kernel(threads_for(view.size), g, flat(x), flat(dy), mean, rstd, sum_dz, sum_dz_x_hat)
     return sum_dz, sum_dz_x_hat
 
 
@@ -92,7 +90,17 @@ def input_grad(
         walk = _TRAVERSALS[view.traversal]
         g = walk.geometry(view)
         walk.input_grad_kernel(
-            threads_for(view.size), g, flat(x), flat(dy), flat(dx), mean, rstd, line(weight), *sums, count, constant
+            threads_for(view.size),
+            g,
+            flat(x),
+            flat(dy),
+            flat(dx),
+            mean,
+            rstd,
+            line(weight),
+            *sums,
+            count,
+            constant,
         )
 
 

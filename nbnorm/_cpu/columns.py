@@ -75,7 +75,9 @@ def geometry(view: View) -> np.ndarray:
     chunk = max(CHUNK // block, -(-rows // MAX_CHUNKS))
     spare = view.outer % fold * width
     sizes = (view.batch, view.outer, view.group, view.inner, view.period)
-    return np.array(Cut(*sizes, fold, block, chunk, lanes, rows, spare, -(-lanes // block), -(-rows // chunk)))
+    return np.array(
+        Cut(*sizes, fold, block, chunk, lanes, rows, spare, -(-lanes // block), -(-rows // chunk))
+    )
 
 
 def fused(view: View, threads: int) -> bool:
@@ -135,7 +137,10 @@ def block_moments(g, x, index, lane_mean, lane_m2, mean, m2):
     for part in range(1, cut.chunks * cut.fold):
         chunk, at = part // cut.fold, own.lane + part % cut.fold * own.width
         part_n = np.float64(min(cut.chunk, cut.rows - chunk * cut.chunk))
-        part_mean, part_m2 = row(lane_mean[top + chunk], at, own.width), row(lane_m2[top + chunk], at, own.width)
+        part_mean, part_m2 = (
+            row(lane_mean[top + chunk], at, own.width),
+            row(lane_m2[top + chunk], at, own.width),
+        )
         merge_rows(top_mean, top_m2, n, part_mean, part_m2, part_n)
         n += part_n
     for at in range(0, cut.spare, own.width):
@@ -221,7 +226,10 @@ def block_grad_sums(g, index, mean, rstd, terms, lane_dz, lane_dz_x_hat, sum_dz,
     """Add chunks and folds of a block up, then the lanes of each slot."""
     cut, own = unpack(g), locate(g, index)
     top = own.batch * cut.chunks
-    top_dz, top_dz_x_hat = row(lane_dz[top], own.lane, own.width), row(lane_dz_x_hat[top], own.lane, own.width)
+    top_dz, top_dz_x_hat = (
+        row(lane_dz[top], own.lane, own.width),
+        row(lane_dz_x_hat[top], own.lane, own.width),
+    )
     for part in range(1, cut.chunks * cut.fold):
         i, at = top + part // cut.fold, own.lane + part % cut.fold * own.width
         add_rows(top_dz, row(lane_dz[i], at, own.width))
@@ -317,7 +325,10 @@ def grad_sums_kernel(g, x, dy, mean, rstd, sum_dz, sum_dz_x_hat):
     """One chunk of a block per task, then one block per task; reads x and dy once."""
     cut = unpack(g)
     blocks, chunks = cut.batch * cut.blocks, cut.chunks
-    lane_dz, lane_dz_x_hat = np.empty((cut.batch * chunks, cut.lanes)), np.empty((cut.batch * chunks, cut.lanes))
+    lane_dz, lane_dz_x_hat = (
+        np.empty((cut.batch * chunks, cut.lanes)),
+        np.empty((cut.batch * chunks, cut.lanes)),
+    )
     sums = np.empty((blocks * chunks, 2, cut.block), x.dtype)
     terms = np.empty((cut.batch, 3, cut.lanes), x.dtype)
     for index in prange(blocks):
@@ -345,7 +356,10 @@ def backward_kernel(g, x, dy, dx, mean, rstd, weight, sum_dz, sum_dz_x_hat, n):
     """One block per task: its sums, then its dx from cache."""
     cut = unpack(g)
     blocks, chunks = cut.batch * cut.blocks, cut.chunks
-    lane_dz, lane_dz_x_hat = np.empty((cut.batch * chunks, cut.lanes)), np.empty((cut.batch * chunks, cut.lanes))
+    lane_dz, lane_dz_x_hat = (
+        np.empty((cut.batch * chunks, cut.lanes)),
+        np.empty((cut.batch * chunks, cut.lanes)),
+    )
     sums = np.empty((blocks, 2, cut.block), x.dtype)
     terms = np.empty((cut.batch, 5, cut.lanes), x.dtype)
     for index in prange(blocks):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from nbnorm._cpu.launch import helper, reduction
-from nbnorm._cpu.tiles import corrected, is_single, trusted
+from nbnorm._cpu.tiles import corrected, trusted
 from nbnorm._math import input_gradient, merge, normalize
 
 # Rows summed in the array's own type before float64 takes over.
@@ -46,7 +46,9 @@ def push_eight(total, squares, shift, a, b, c, d, e, f, g, h):
         da, db, dc, dd = a[i] - s, b[i] - s, c[i] - s, d[i] - s
         de, df, dg, dh = e[i] - s, f[i] - s, g[i] - s, h[i] - s
         total[i] += ((da + db) + (dc + dd)) + ((de + df) + (dg + dh))
-        squares[i] += ((da * da + db * db) + (dc * dc + dd * dd)) + ((de * de + df * df) + (dg * dg + dh * dh))
+        squares[i] += ((da * da + db * db) + (dc * dc + dd * dd)) + (
+            (de * de + df * df) + (dg * dg + dh * dh)
+        )
 
 
 @helper
@@ -54,7 +56,13 @@ def shifted_lane_sums(x, first, stride, rows, total, squares, shift):
     """Choose a shift for each lane and sum a tile about it, in the type of x."""
     n = total.shape[0]
     step = min(rows // 4, 1) * stride
-    guess(shift, row(x, first, n), row(x, first + step, n), row(x, first + 2 * step, n), row(x, first + 3 * step, n))
+    guess(
+        shift,
+        row(x, first, n),
+        row(x, first + step, n),
+        row(x, first + 2 * step, n),
+        row(x, first + 3 * step, n),
+    )
     total[:] = 0
     squares[:] = 0
     end = first + rows * stride
@@ -73,14 +81,14 @@ def shifted_lane_sums(x, first, stride, rows, total, squares, shift):
 
 
 @helper
-def count_untrusted(total, squares, n, single):
-    """Lanes whose shifted sums lost digits."""
+def any_untrusted(total, squares, n):
+    """Whether a lane's shifted sums lost digits."""
     bad = 0
     for i in range(total.shape[0]):
         s = np.float64(total[i])
         q = np.float64(squares[i])
-        bad += not trusted(q, q - s * (s / n), single)
-    return bad
+        bad += not trusted(q, q - s * (s / n), total.itemsize < 8)
+    return bad > 0
 
 
 @helper
@@ -113,23 +121,14 @@ def careful_lane_sums(x, first, stride, rows, total, squares, mean):
 
 
 @helper
-def merge_tile(mean, m2, n, total, squares, shift, tile_n):
-    """Merge a trusted tile into the lanes' moments."""
-    for i in range(mean.shape[0]):
-        s = np.float64(total[i])
-        tile_m2 = np.float64(squares[i]) - s * (s / tile_n)
-        _, mean[i], m2[i] = merge(n, mean[i], m2[i], tile_n, np.float64(shift[i]) + s / tile_n, tile_m2)
-
-
-@helper
-def merge_careful_tile(mean, m2, n, total, squares, shift, tile_n, wide_total, wide_squares, wide_mean):
-    """Merge a tile of which some lanes have had to be redone."""
+def merge_tile(mean, m2, n, total, squares, shift, tile_n, wide_total, wide_squares, wide_mean):
+    """Merge a tile into the lanes' moments; the wide sums stand in for the lanes that lost digits."""
     for i in range(mean.shape[0]):
         s = np.float64(total[i])
         q = np.float64(squares[i])
-        tile_mean = np.float64(shift[i]) + s / tile_n
+        tile_mean = shift[i] + s / tile_n
         tile_m2 = q - s * (s / tile_n)
-        if not trusted(q, tile_m2, is_single(total)):
+        if not trusted(q, tile_m2, total.itemsize < 8):
             tile_mean, tile_m2 = corrected(wide_mean[i], wide_total[i], wide_squares[i], tile_n)
         _, mean[i], m2[i] = merge(n, mean[i], m2[i], tile_n, tile_mean, tile_m2)
 
@@ -139,20 +138,17 @@ def chunk_lane_moments(x, first, stride, rows, sums, wide_sums, mean, m2):
     """Mean and m2 of each lane of a block over the rows of a chunk: its tiles merged in order."""
     lanes = mean.shape[0]
     total, squares, shift = sums[0, :lanes], sums[1, :lanes], sums[2, :lanes]
+    wide_total, wide_squares, wide_mean = wide_sums[0, :lanes], wide_sums[1, :lanes], wide_sums[2, :lanes]
     for r in range(0, rows, TILE_ROWS):
         start = first + r * stride
-        n = np.float64(r)
         tile_rows = min(TILE_ROWS, rows - r)
         tile_n = np.float64(tile_rows)
         shifted_lane_sums(x, start, stride, tile_rows, total, squares, shift)
-        if count_untrusted(total, squares, tile_n, is_single(x)) == 0:
-            merge_tile(mean, m2, n, total, squares, shift, tile_n)
-        else:
-            wide_total, wide_squares, wide_mean = wide_sums[0, :lanes], wide_sums[1, :lanes], wide_sums[2, :lanes]
+        if any_untrusted(total, squares, tile_n):
             careful_lane_sums(x, start, stride, tile_rows, wide_total, wide_squares, wide_mean)
-            merge_careful_tile(
-                mean, m2, n, total, squares, shift, tile_n, wide_total, wide_squares, wide_mean
-            )
+        merge_tile(
+            mean, m2, np.float64(r), total, squares, shift, tile_n, wide_total, wide_squares, wide_mean
+        )
 
 
 @helper

@@ -72,7 +72,7 @@ def _nothing() -> None:
 def _layer() -> str | None:
     """Name of Numba's threading layer; None until the first parallel kernel starts one."""
     try:
-        return str(numba.threading_layer())
+        return str(numba.threading_layer())  # type: ignore[attr-defined]
     except ValueError:
         return None
 

@@ -148,7 +148,9 @@ def input_grad_chunk(g, x, dy, dx, slot, chunk, mean, rstd, weight, sum_dz, sum_
         if constant:
             constant_grad_segment(dy[first:end], dx[first:end], gain)
         else:
-            input_grad_segment(x[first:end], dy[first:end], dx[first:end], mean_hi, scale, slope, offset, gain)
+            input_grad_segment(
+                x[first:end], dy[first:end], dx[first:end], mean_hi, scale, slope, offset, gain
+            )
 
 
 @Twins

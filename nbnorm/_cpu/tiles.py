@@ -33,12 +33,6 @@ def trusted(squares, m2, single):
 
 
 @helper
-def is_single(x):
-    """Whether the array has fewer bits than float64."""
-    return x.itemsize < 8
-
-
-@helper
 def nearby(x):
     """Return a value close to the mean of the first few: the shift. It equals them exactly where they are equal."""
     n = min(x.shape[0], 8)
@@ -105,7 +99,7 @@ def tile_moments(x, first, stride, rows, n):
             squares += b
     count = np.float64(rows * n)
     m2 = squares - total * (total / count)
-    if trusted(squares, m2, is_single(x)):
+    if trusted(squares, m2, x.itemsize < 8):
         return shift + total / count, m2
     return careful_tile_moments(x, first, stride, rows, n)
 
