@@ -89,7 +89,7 @@ class Moments:
         freedom = self.count - ddof
         if freedom <= 0.0:
             return np.full(self.m2.shape, np.nan)
-        return np.divide(self.m2, freedom)
+        return np.asarray(self.m2 / freedom)
 
     def std(self, ddof: int = 0) -> np.ndarray:
         """Return the square root of `var`."""

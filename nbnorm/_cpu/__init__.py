@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from nbnorm._cpu import columns, planes
-from nbnorm._cpu.launch import flat, helper, threads_for
+from nbnorm._cpu.launch import flat, kernel, threads_for
 from nbnorm._math import blend, merge, reciprocal_std
 from nbnorm._view import View
 
@@ -141,19 +141,19 @@ def update_running(
     return int(_update_kernel(running_mean, running_var, mean, var, momentum, guard))
 
 
-@helper
+@kernel
 def _rstd_kernel(m2, count, eps, result):
     for i in range(m2.shape[0]):
         result[i] = reciprocal_std(m2[i], count, eps)
 
 
-@helper
+@kernel
 def _merge_kernel(n_a, mean_a, m2_a, n_b, mean_b, m2_b, mean, m2):
     for i in range(mean.shape[0]):
         _, mean[i], m2[i] = merge(n_a, mean_a[i], m2_a[i], n_b, mean_b[i], m2_b[i])
 
 
-@helper
+@kernel
 def _update_kernel(running_mean, running_var, mean, var, momentum, guard):
     skipped = 0
     for i in range(mean.shape[0]):

@@ -14,9 +14,12 @@ from numba import njit
 # Elements below which waking a team of threads costs more than it saves (benchmarks/bench_batch_norm.py, Small).
 PARALLEL_MIN = 32768
 
-helper = njit(error_model="numpy", nogil=True)
+kernel = njit(error_model="numpy", nogil=True, no_cfunc_wrapper=True)
+helper = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 # The least that lets LLVM vectorize a sum; NaN and Inf keep their meaning.
-reduction = njit(error_model="numpy", nogil=True, fastmath={"reassoc", "contract"})
+reduction = njit(
+    error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, fastmath={"reassoc", "contract"}
+)
 
 
 class Twins:
@@ -27,8 +30,8 @@ class Twins:
     """
 
     def __init__(self, body: Callable[..., Any]) -> None:
-        self.serial = njit(error_model="numpy", nogil=True)(body)
-        self.parallel = njit(error_model="numpy", nogil=True, parallel=True)(body)
+        self.serial = kernel(body)
+        self.parallel = njit(error_model="numpy", nogil=True, no_cfunc_wrapper=True, parallel=True)(body)
         self.__name__ = body.__name__
         self.__doc__ = body.__doc__
 
