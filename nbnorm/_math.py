@@ -5,10 +5,14 @@ Statistics and sums are float64; what meets an element has the type of the array
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 
-formula = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+# Called by kernels alone, so without wrappers for Python and C.
+_OPTIONS: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+formula = njit(**_OPTIONS)
 
 
 @formula

@@ -14,12 +14,14 @@ from numba import njit
 # Elements below which waking a team of threads costs more than it saves (benchmarks/bench_batch_norm.py, Small).
 PARALLEL_MIN = 32768
 
-kernel = njit(error_model="numpy", nogil=True, no_cfunc_wrapper=True)
-helper = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+# Helpers are called by kernels alone: without wrappers for Python and C they compile in two thirds of the time.
+_INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_OUTER: dict[str, Any] = {"error_model": "numpy", "no_cfunc_wrapper": True, "nogil": True}
+
+kernel = njit(**_OUTER)
+helper = njit(**_INNER)
 # The least that lets LLVM vectorize a sum; NaN and Inf keep their meaning.
-reduction = njit(
-    error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, fastmath={"reassoc", "contract"}
-)
+reduction = njit(**_INNER, fastmath={"reassoc", "contract"})
 
 
 class Twins:
@@ -31,7 +33,7 @@ class Twins:
 
     def __init__(self, body: Callable[..., Any]) -> None:
         self.serial = kernel(body)
-        self.parallel = njit(error_model="numpy", nogil=True, no_cfunc_wrapper=True, parallel=True)(body)
+        self.parallel = njit(**_OUTER, parallel=True)(body)
         self.__name__ = body.__name__
         self.__doc__ = body.__doc__
 
