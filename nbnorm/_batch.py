@@ -72,7 +72,7 @@ def forward_training(
     The third result is the number of channels whose update was skipped, None if there was no update at all.
     """
     pair = running_pair(call, running_mean, running_var)
-    if call.view.count == 1 and call.view.size:
+    if call.view.values == 1 and call.view.size:
         if small_batch == "running":
             return forward_single(call, pair, rule)
         refuse_single_value(call, small_batch)
@@ -80,18 +80,18 @@ def forward_training(
     be, view = backend(call.x), call.view
     if rule.nonfinite == "raise":
         mean, m2 = be.moments(view, call.x)
-        running.require_finite(pair, mean, running.batch_var(view.count, m2, rule.ddof), rule)
-        rstd = be.rstd(m2, view.count, call.eps)
+        running.require_finite(pair, mean, running.batch_var(view.values, m2, rule.ddof), rule)
+        rstd = be.rstd(m2, view.values, call.eps)
         y = normalize(call, mean, rstd)
     else:
         work = _layout.workspace(call.out, call.x)
         mean, m2, rstd = be.forward(view, call.x, work, call.weight, call.bias, call.eps)
         y = _layout.deliver(work, call.out)
     warn_of_zero_over_zero(call, m2)
-    saved = Saved(call.x, call.weight, call.bias, mean, rstd, float(view.count), m2, view)
+    saved = Saved(call.x, call.weight, call.bias, mean, rstd, float(view.values), m2, view)
     if pair is None or not view.size:
         return y, saved, None
-    return y, saved, running.update(pair, mean, running.batch_var(view.count, m2, rule.ddof), rule)
+    return y, saved, running.update(pair, mean, running.batch_var(view.values, m2, rule.ddof), rule)
 
 
 def refuse_single_value(call: Call, small_batch: str) -> None:
@@ -120,7 +120,7 @@ def forward_by_constants(call: Call, mean: Array, var: Array) -> tuple[Array, Sa
     mean = mean.astype(np.float64)
     rstd = backend(call.x).rstd(var.astype(np.float64), 1.0, call.eps)
     y = normalize(call, mean, rstd)
-    return y, Saved(call.x, call.weight, call.bias, mean, rstd, float(call.view.count), None, call.view)
+    return y, Saved(call.x, call.weight, call.bias, mean, rstd, float(call.view.values), None, call.view)
 
 
 def forward_eval(call: Call, running_mean: Any, running_var: Any) -> tuple[Array, Saved]:

@@ -7,9 +7,9 @@ Element (slot k, inner i) uses parameter ``(k % period) * width + i // run``, wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 # Channels-first segments up to this length are walked as columns of C*S lanes: SIMD loops over shorter
 # segments are mostly head and tail (benchmarks/bench_batch_norm.py, ShortSegments).
@@ -18,8 +18,7 @@ SHORT_SEGMENT = 64
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """An array in memory order seen as ``(batch, outer, group, inner)``.
 
     Attributes
@@ -48,14 +47,14 @@ class View:
         return self.batch * self.group
 
     @property
-    def count(self) -> int:
+    def values(self) -> int:
         """Number of values in a slot."""
         return self.outer * self.inner
 
     @property
     def size(self) -> int:
         """Number of elements."""
-        return self.slots * self.count
+        return self.batch * self.outer * self.group * self.inner
 
 
 @lru_cache(maxsize=4096)

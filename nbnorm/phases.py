@@ -44,7 +44,7 @@ def batch_moments(x: Any, channel_axis: int = 1) -> Moments:
     array([2., 4.])
     """
     call = _batch.prepare("batch_moments", x, None, None, 0.0, channel_axis, None)
-    return Moments(call.view.count, *backend(call.x).moments(call.view, call.x))
+    return Moments(call.view.values, *backend(call.x).moments(call.view, call.x))
 
 
 def batch_norm_apply(

@@ -36,7 +36,7 @@ def check(x: np.ndarray, view: View, slot_of: np.ndarray, parameter_of: np.ndarr
     labels = memory_line(x, slot_of)
     pairs = set(zip(labels.tolist(), slot.tolist(), strict=True))
     assert len(pairs) == len(set(labels.tolist())) == len(set(slot.tolist())) == view.slots
-    assert np.bincount(slot).tolist() == [view.count] * view.slots
+    assert np.bincount(slot).tolist() == [view.values] * view.slots
     np.testing.assert_array_equal(parameter, memory_line(x, parameter_of))
 
 

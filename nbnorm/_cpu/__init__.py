@@ -62,7 +62,7 @@ def forward(
     walk = _TRAVERSALS[view.traversal]
     if not view.size or not walk.fused(view, threads):
         mean, m2 = moments(view, x)
-        slot_rstd = rstd(m2, view.count, eps)
+        slot_rstd = rstd(m2, view.values, eps)
         apply(view, x, y, mean, slot_rstd, weight, bias)
         return mean, m2, slot_rstd
     mean, m2, slot_rstd = np.empty((3, view.slots))

@@ -80,6 +80,7 @@ def geometry(view: View) -> np.ndarray:
     )
 
 
+@lru_cache(maxsize=4096)
 def fused(view: View, threads: int) -> bool:
     """Whether whole blocks keep the threads busy."""
     cut = Cut(*geometry(view))
