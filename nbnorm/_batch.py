@@ -169,7 +169,7 @@ def backward(dy: Array, saved: Saved, with_dx: bool, with_sums: bool, out: Array
         return None, grad_sums(dy, saved) if with_sums else None
     if saved.constant:
         sums = grad_sums(dy, saved) if with_sums else None
-        return input_grad(dy, saved, (saved.mean, saved.mean), out), sums
+        return input_grad(dy, saved, None, out), sums
     dx = _layout.workspace(out, saved.x, dy, saved.x)
     sums = be.backward(saved.view, saved.x, dy, dx, saved.mean, saved.rstd, saved.weight, saved.count)
     return _layout.deliver(dx, out), sums
@@ -181,11 +181,11 @@ def grad_sums(dy: Array, saved: Saved) -> Sums:
     return sums
 
 
-def input_grad(dy: Array, saved: Saved, sums: Sums, out: Array | None) -> Array:
-    """Dx for given gradient sums, which constant statistics ignore."""
+def input_grad(dy: Array, saved: Saved, sums: Sums | None, out: Array | None) -> Array:
+    """Dx for given gradient sums, None for constant statistics."""
     dx = _layout.workspace(out, saved.x, dy, saved.x)
     backend(saved.x).input_grad(
-        saved.view, saved.x, dy, dx, saved.mean, saved.rstd, saved.weight, sums, saved.count, saved.constant
+        saved.view, saved.x, dy, dx, saved.mean, saved.rstd, saved.weight, sums, saved.count
     )
     return _layout.deliver(dx, out)
 

@@ -54,21 +54,22 @@ def normalize(x, mean_hi, scale, shift):
 
 
 @formula
-def gradient_terms(mean, rstd, weight, sum_dz, sum_dz_x_hat, n, constant, like):
-    """Coefficients (slope, offset, gain) of `input_gradient` in the type of ``like``.
+def gradient_terms(mean, rstd, sum_g, sum_g_x_hat, n, centered, constant, like):
+    """Coefficients (slope, offset) of `input_gradient` in the type of ``like``, and the factor of its gain.
 
     dx = rstd * (g - c1 - x_hat * c2), where g = dz * weight, and c1 and c2 are the means of g and g * x_hat.
-    Constant statistics have neither c1 nor c2. A slot of one value has dx = 0, exactly.
+    Constant statistics have neither c1 nor c2, and without centering there is no c1. A centered slot of one
+    value has dx = 0, exactly.
     """
-    gain = rstd * weight
-    if constant:
-        slope = offset = 0.0
-    elif n == 1.0:
-        gain = slope = offset = 0.0
-    else:
-        slope = -gain * (sum_dz_x_hat / n)
-        offset = -gain * (sum_dz / n) - (mean - like.dtype.type(mean)) * rstd * slope
-    return like.dtype.type(slope), like.dtype.type(offset), like.dtype.type(gain)
+    factor = rstd
+    slope = offset = 0.0
+    if centered and not constant and n == 1.0:
+        factor = 0.0
+    elif not constant:
+        slope = -rstd * (sum_g_x_hat / n)
+        if centered:
+            offset = -rstd * (sum_g / n) - (mean - like.dtype.type(mean)) * rstd * slope
+    return like.dtype.type(slope), like.dtype.type(offset), factor
 
 
 @formula

@@ -179,4 +179,4 @@ def batch_norm_input_grad(dy: Any, saved: Saved, sums: GradSums, *, out: Array |
     dy = _batch.gradient(dy, saved)
     if out is not None:
         _checks.out("out", out, saved.x.shape, saved.x.dtype)
-    return _batch.input_grad(dy, saved, (sums.sum_dz, sums.sum_dz_x_hat), out)
+    return _batch.input_grad(dy, saved, None if saved.constant else (sums.sum_dz, sums.sum_dz_x_hat), out)

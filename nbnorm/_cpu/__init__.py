@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nbnorm._cpu import columns, planes
+from nbnorm._cpu import columns, planes, rows
 from nbnorm._cpu.launch import flat, kernel, threads_for
 from nbnorm._math import blend, merge, reciprocal_std
 from nbnorm._view import View
@@ -18,9 +18,10 @@ __all__ = [
     "apply", "backward", "forward", "grad_sums", "input_grad", "merge_moments", "moments", "rstd", "update_running",
 ]  # fmt: skip
 
-_TRAVERSALS = {"planes": planes, "columns": columns}
+_TRAVERSALS = {"planes": planes, "columns": columns, "rows": rows}
 
 Array = np.ndarray
+Sums = tuple[Array, Array]
 
 
 def line(parameter: Array | None) -> Array | None:
@@ -28,10 +29,11 @@ def line(parameter: Array | None) -> Array | None:
     return None if parameter is None else flat(parameter)
 
 
-def moments(view: View, x: Array) -> tuple[Array, Array]:
-    """Mean and m2 (the sum of squared deviations) of every slot."""
+def moments(view: View, x: Array, centered: bool = True) -> tuple[Array | None, Array]:
+    """Mean and m2 (the sum of squared deviations) of every slot; not centered, None and the sum of squares."""
     walk = _TRAVERSALS[view.traversal]
     mean, m2 = np.zeros((2, view.slots))
+    mean = mean if centered else None
     if view.size:
         walk.moments_kernel(threads_for(view.size), walk.geometry(view), flat(x), mean, m2)
     return mean, m2
@@ -45,7 +47,7 @@ def rstd(m2: Array, count: float, eps: float) -> Array:
 
 
 def apply(
-    view: View, x: Array, y: Array, mean: Array, rstd: Array, weight: Array | None, bias: Array | None
+    view: View, x: Array, y: Array, mean: Array | None, rstd: Array, weight: Array | None, bias: Array | None
 ) -> None:
     """Normalize x with given statistics into y."""
     if view.size:
@@ -55,71 +57,86 @@ def apply(
 
 
 def forward(
-    view: View, x: Array, y: Array, weight: Array | None, bias: Array | None, eps: float
-) -> tuple[Array, Array, Array]:
-    """Normalize x with its own statistics into y; return mean, m2 and rstd."""
+    view: View, x: Array, y: Array, weight: Array | None, bias: Array | None, eps: float, centered: bool = True
+) -> tuple[Array | None, Array, Array]:
+    """Normalize x with its own statistics into y; return mean (None if not centered), m2 and rstd."""
     threads = threads_for(view.size)
     walk = _TRAVERSALS[view.traversal]
     if not view.size or not walk.fused(view, threads):
-        mean, m2 = moments(view, x)
+        mean, m2 = moments(view, x, centered)
         slot_rstd = rstd(m2, view.values, eps)
         apply(view, x, y, mean, slot_rstd, weight, bias)
         return mean, m2, slot_rstd
     mean, m2, slot_rstd = np.empty((3, view.slots))
+    mean = mean if centered else None
     g = walk.geometry(view)
     walk.forward_kernel(threads, g, flat(x), flat(y), line(weight), line(bias), eps, mean, m2, slot_rstd)
     return mean, m2, slot_rstd
 
 
-def grad_sums(view: View, x: Array, dy: Array, mean: Array, rstd: Array) -> tuple[Array, Array]:
-    """Sums of dz and of dz * x_hat over every slot."""
-    sum_dz, sum_dz_x_hat = np.zeros((2, view.slots))
+def grad_sums(view: View, x: Array, dy: Array, mean: Array | None, rstd: Array) -> Sums:
+    """Sums of dz and of dz * x_hat that belong to each parameter."""
+    if view.traversal == "rows":
+        return rows.backward(view, x, dy, None, mean, rstd, None, True)
+    sums = _slot_sums(view, x, dy, mean, rstd)
+    return _by_parameter(view, sums[0]), _by_parameter(view, sums[1])
+
+
+def _slot_sums(view: View, x: Array, dy: Array, mean: Array | None, rstd: Array) -> Array:
+    """Sums of dz and of dz * x_hat over every run of every slot, shape (2, slots, width)."""
+    sums = np.zeros((2, view.slots, view.width))
     if view.size:
         walk = _TRAVERSALS[view.traversal]
-        g = walk.geometry(view)
-        walk.grad_sums_kernel(threads_for(view.size), g, flat(x), flat(dy), mean, rstd, sum_dz, sum_dz_x_hat)
-    return sum_dz, sum_dz_x_hat
+        threads = threads_for(view.size)
+        walk.grad_sums_kernel(threads, walk.geometry(view), flat(x), flat(dy), mean, rstd, sums[0], sums[1])
+    return sums
+
+
+def _by_parameter(view: View, sums: Array) -> Array:
+    """Add the sums of slots that share parameters."""
+    parameters = view.period * view.width
+    return sums.ravel() if sums.size == parameters else sums.reshape(-1, parameters).sum(axis=0)
 
 
 def input_grad(
     view: View, x: Array, dy: Array, dx: Array, mean: Array, rstd: Array, weight: Array | None,
-    sums: tuple[Array, Array], count: float, constant: bool,
+    sums: Sums | None, count: float,
 ) -> None:  # fmt: skip
-    """Write dx; ``constant`` statistics have no gradient of their own."""
+    """Write dx for given sums over every slot; without sums the statistics are constants.
+
+    For norms whose every slot has parameters of its own.
+    """
     if view.size:
-        walk = _TRAVERSALS[view.traversal]
-        g = walk.geometry(view)
-        walk.input_grad_kernel(
-            threads_for(view.size),
-            g,
-            flat(x),
-            flat(dy),
-            flat(dx),
-            mean,
-            rstd,
-            line(weight),
-            *sums,
-            count,
-            constant,
-        )
+        both = np.zeros((2, view.slots, 1)) if sums is None else np.stack(sums)[:, :, np.newaxis]
+        _input_grad(view, x, dy, dx, mean, rstd, weight, both, count, sums is None)
+
+
+def _input_grad(view, x, dy, dx, mean, rstd, weight, sums, count, constant):
+    walk = _TRAVERSALS[view.traversal]
+    arrays = (flat(x), flat(dy), flat(dx), mean, rstd, line(weight))
+    walk.input_grad_kernel(
+        threads_for(view.size), walk.geometry(view), *arrays, sums[0], sums[1], count, constant
+    )
 
 
 def backward(
-    view: View, x: Array, dy: Array, dx: Array, mean: Array, rstd: Array, weight: Array | None, count: float
-) -> tuple[Array, Array]:
-    """Write dx and return the sums of dz and of dz * x_hat, statistics being those of x."""
+    view: View, x: Array, dy: Array, dx: Array, mean: Array | None, rstd: Array, weight: Array | None,
+    count: float, with_parameters: bool = True,
+) -> Sums:  # fmt: skip
+    """Write dx and return the sums of `grad_sums`, statistics being those of x."""
+    if view.traversal == "rows":
+        return rows.backward(view, x, dy, dx, mean, rstd, weight, with_parameters)
     threads = threads_for(view.size)
     walk = _TRAVERSALS[view.traversal]
     if not view.size or not walk.fused(view, threads):
-        sums = grad_sums(view, x, dy, mean, rstd)
-        input_grad(view, x, dy, dx, mean, rstd, weight, sums, count, False)
-        return sums
-    sum_dz, sum_dz_x_hat = np.empty((2, view.slots))
-    g = walk.geometry(view)
-    walk.backward_kernel(
-        threads, g, flat(x), flat(dy), flat(dx), mean, rstd, line(weight), sum_dz, sum_dz_x_hat, count
-    )
-    return sum_dz, sum_dz_x_hat
+        sums = _slot_sums(view, x, dy, mean, rstd)
+        if view.size:
+            _input_grad(view, x, dy, dx, mean, rstd, weight, sums, count, False)
+    else:
+        sums = np.zeros((2, view.slots, view.width))
+        arrays = (flat(x), flat(dy), flat(dx), mean, rstd, line(weight))
+        walk.backward_kernel(threads, walk.geometry(view), *arrays, sums[0], sums[1], count)
+    return _by_parameter(view, sums[0]), _by_parameter(view, sums[1])
 
 
 def merge_moments(

@@ -15,7 +15,6 @@ import numpy as np
 from numba import prange
 
 from nbnorm._cpu.lanes import (
-    add_rows,
     apply_row,
     chunk_lane_grad_sums,
     chunk_lane_moments,
@@ -26,7 +25,7 @@ from nbnorm._cpu.lanes import (
     slot_moments,
 )
 from nbnorm._cpu.launch import Twins, balanced, helper
-from nbnorm._cpu.tiles import CHUNK, parameter
+from nbnorm._cpu.tiles import CHUNK, add_rows, parameter, weighted
 from nbnorm._math import affine, gradient_terms, reciprocal_std
 from nbnorm._view import View
 
@@ -49,6 +48,8 @@ class Cut(NamedTuple):
     group: int
     inner: int
     period: int
+    width: int
+    run: int
     fold: int  # rows of the array side by side in one row of lanes
     block: int  # lanes of a block: all of them, or some whole slots
     chunk: int  # rows of a chunk
@@ -74,7 +75,7 @@ def geometry(view: View) -> np.ndarray:
     block = min(lanes, max(block // view.inner, 1) * view.inner) if fold == 1 else lanes
     chunk = max(CHUNK // block, -(-rows // MAX_CHUNKS))
     spare = view.outer % fold * width
-    sizes = (view.batch, view.outer, view.group, view.inner, view.period)
+    sizes = (view.batch, view.outer, view.group, view.inner, view.period, view.width, view.run)
     return np.array(
         Cut(*sizes, fold, block, chunk, lanes, rows, spare, -(-lanes // block), -(-rows // chunk))
     )
@@ -90,7 +91,7 @@ def fused(view: View, threads: int) -> bool:
 @helper
 def unpack(g):
     """Name the integers of a geometry."""
-    return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10], g[11], g[12])
+    return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10], g[11], g[12], g[13], g[14])
 
 
 class Block(NamedTuple):
@@ -162,12 +163,12 @@ def block_rstd(g, index, m2, n, eps, rstd):
 
 
 @helper
-def spread(g, index, i, terms, values):
-    """Write one slot's values to all of its lanes: terms[k, lane] = values[k]; i counts slots in the block."""
+def spread(g, index, first, n, terms, values):
+    """Write values to ``n`` lanes of a block, in every fold: terms[k, lane] = values[k]."""
     cut, own = unpack(g), locate(g, index)
     for f in range(cut.fold):
-        first = own.lane + f * own.width + i * cut.inner
-        for lane in range(first, first + cut.inner):
+        start = own.lane + f * own.width + first
+        for lane in range(start, start + n):
             for k in range(len(values)):
                 terms[own.batch, k, lane] = values[k]
 
@@ -178,8 +179,11 @@ def spread_affine(g, index, mean, rstd, weight, bias, terms):
     cut, own = unpack(g), locate(g, index)
     for i in range(own.slots):
         slot = own.slot + i
-        w, b = parameter(weight, slot % cut.period, 1.0), parameter(bias, slot % cut.period, 0.0)
-        spread(g, index, i, terms, affine(mean[slot], rstd[slot], w, b, terms))
+        for j in range(cut.width):
+            p = slot % cut.period * cut.width + j
+            w, b = parameter(weight, p, 1.0), parameter(bias, p, 0.0)
+            values = affine(mean[slot], rstd[slot], w, b, terms)
+            spread(g, index, i * cut.inner + j * cut.run, cut.run, terms, values)
 
 
 @helper
@@ -237,26 +241,31 @@ def block_grad_sums(g, index, mean, rstd, terms, lane_dz, lane_dz_x_hat, sum_dz,
         add_rows(top_dz_x_hat, row(lane_dz_x_hat[i], at, own.width))
     for i in range(own.slots):
         slot = own.slot + i
-        a = b = 0.0
-        for lane in range(i * cut.inner, (i + 1) * cut.inner):
-            a += top_dz[lane]
-            b += top_dz_x_hat[lane]
         mean_hi = terms[own.batch, 0, own.lane + i * cut.inner]
-        sum_dz[slot], sum_dz_x_hat[slot] = a, b - (mean[slot] - mean_hi) * rstd[slot] * a
+        for j in range(cut.width):
+            first = i * cut.inner + j * cut.run
+            a = b = 0.0
+            for lane in range(first, first + cut.run):
+                a += top_dz[lane]
+                b += top_dz_x_hat[lane]
+            sum_dz[slot, j] = a
+            sum_dz_x_hat[slot, j] = b - (mean[slot] - mean_hi) * rstd[slot] * a
 
 
 @helper
 def spread_gradient_terms(g, index, mean, rstd, weight, sum_dz, sum_dz_x_hat, n, constant, terms):
-    """Lay the coefficients of `input_gradient` out along the lanes of a block, before mean and rstd."""
+    """Lay the coefficients of `input_gradient` out along the lanes of a block, behind mean and rstd."""
     cut, own = unpack(g), locate(g, index)
     for i in range(own.slots):
         k = own.slot + i
-        w = parameter(weight, k % cut.period, 1.0)
+        first = k % cut.period * cut.width
+        sum_g, sum_g_x_hat = weighted(weight, first, sum_dz[k]), weighted(weight, first, sum_dz_x_hat[k])
         mean_hi, scale, _ = affine(mean[k], rstd[k], 1.0, 0.0, terms)
-        slope, offset, gain = gradient_terms(
-            mean[k], rstd[k], w, sum_dz[k], sum_dz_x_hat[k], n, constant, terms
-        )
-        spread(g, index, i, terms, (mean_hi, scale, slope, offset, gain))
+        slope, offset, factor = gradient_terms(mean[k], rstd[k], sum_g, sum_g_x_hat, n, True, constant, terms)
+        for j in range(cut.width):
+            gain = terms.dtype.type(factor * parameter(weight, first + j, 1.0))
+            values = (mean_hi, scale, slope, offset, gain)
+            spread(g, index, i * cut.inner + j * cut.run, cut.run, terms, values)
 
 
 @helper

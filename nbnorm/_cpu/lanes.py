@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from nbnorm._cpu.launch import helper, reduction
-from nbnorm._cpu.tiles import corrected, trusted
+from nbnorm._cpu.tiles import add_rows, corrected, trusted
 from nbnorm._math import input_gradient, merge, normalize
 
 # Rows summed in the array's own type before float64 takes over.
@@ -205,13 +205,6 @@ def push_four_grads(sum_dz, sum_dz_x_hat, mean_hi, rstd, xa, xb, xc, xd, a, b, c
         sum_dz_x_hat[i] += (a[i] * ((xa[i] - m) * r) + b[i] * ((xb[i] - m) * r)) + (
             c[i] * ((xc[i] - m) * r) + d[i] * ((xd[i] - m) * r)
         )
-
-
-@helper
-def add_rows(total, a):
-    """Add one row of sums to another."""
-    for i in range(total.shape[0]):
-        total[i] += a[i]
 
 
 @helper

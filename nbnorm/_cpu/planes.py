@@ -1,4 +1,4 @@
-"""Walk along segments: a slot is ``outer`` segments of ``inner`` neighbours, one parameter per slot.
+"""Walk along segments: a slot is ``outer`` segments of ``inner`` neighbours, ``run`` of which share a parameter.
 
 The fused kernels take a slot per task, whose second pass finds it in cache (forward: 1 read + 1 write of
 the tensor, backward: 2 reads + 1 write). Few or uneven slots are split into chunks instead, one kernel
@@ -14,7 +14,7 @@ import numpy as np
 from numba import prange
 
 from nbnorm._cpu.launch import Twins, balanced, helper, reduction
-from nbnorm._cpu.tiles import CHUNK, PIECE, TILE, parameter, tile_moments
+from nbnorm._cpu.tiles import CHUNK, PIECE, TILE, add_rows, parameter, tile_moments, weighted
 from nbnorm._math import affine, gradient_terms, input_gradient, merge, normalize, reciprocal_std
 from nbnorm._view import View
 
@@ -26,6 +26,8 @@ class Cut(NamedTuple):
     group: int
     inner: int
     period: int
+    width: int
+    run: int
     rows: int
     cols: int
     chunks: int
@@ -36,7 +38,8 @@ def geometry(view: View) -> np.ndarray:
     """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers."""
     rows, cols = (1, CHUNK) if view.inner > CHUNK else (max(1, CHUNK // view.inner), view.inner)
     chunks = -(-view.outer // rows) * -(-view.inner // cols)
-    return np.array(Cut(view.outer, view.group, view.inner, view.period, rows, cols, chunks))
+    rule = (view.period, view.width, view.run)
+    return np.array(Cut(view.outer, view.group, view.inner, *rule, rows, cols, chunks))
 
 
 def fused(view: View, threads: int) -> bool:
@@ -47,7 +50,7 @@ def fused(view: View, threads: int) -> bool:
 @helper
 def unpack(g):
     """Name the integers of a geometry."""
-    return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6])
+    return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8])
 
 
 @helper
@@ -81,15 +84,24 @@ def apply_segment(x, y, mean_hi, scale, shift):
 
 
 @helper
+def runs(c0, cols, run):
+    """First run and one past the last run that the columns [c0, c0 + cols) meet."""
+    return c0 // run, -(-(c0 + cols) // run)
+
+
+@helper
 def apply_chunk(g, x, y, slot, chunk, mean, rstd, weight, bias):
-    """Normalize one chunk of a slot."""
+    """Normalize one chunk of a slot, run by run."""
     cut = unpack(g)
-    p = slot % cut.period
-    mean_hi, scale, shift = affine(mean, rstd, parameter(weight, p, 1.0), parameter(bias, p, 0.0), x)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
-    for r in range(r0, r0 + rows):
-        first = (r * cut.group + slot) * cut.inner + c0
-        apply_segment(x[first : first + cols], y[first : first + cols], mean_hi, scale, shift)
+    first_run, end_run = runs(c0, cols, cut.run)
+    for j in range(first_run, end_run):
+        p = slot % cut.period * cut.width + j
+        mean_hi, scale, shift = affine(mean, rstd, parameter(weight, p, 1.0), parameter(bias, p, 0.0), x)
+        start, end = max(c0, j * cut.run), min(c0 + cols, (j + 1) * cut.run)
+        for r in range(r0, r0 + rows):
+            base = (r * cut.group + slot) * cut.inner
+            apply_segment(x[base + start : base + end], y[base + start : base + end], mean_hi, scale, shift)
 
 
 @reduction
@@ -104,20 +116,24 @@ def piece_grad_sums(x, dy, mean_hi, rstd):
 
 
 @helper
-def chunk_grad_sums(g, x, dy, slot, chunk, mean, rstd):
-    """Sums of dz and dz * x_hat over one chunk of a slot."""
+def chunk_grad_sums(g, x, dy, slot, chunk, mean, rstd, sum_dz, sum_dz_x_hat):
+    """Add the sums of dz and of dz * x_hat over one chunk of a slot to those of its runs."""
     cut = unpack(g)
     mean_hi, scale, _ = affine(mean, rstd, 1.0, 0.0, x)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
-    sum_dz = sum_dz_x_hat = 0.0
-    for r in range(r0, r0 + rows):
-        first = (r * cut.group + slot) * cut.inner + c0
-        for i in range(first, first + cols, PIECE):
-            end = min(i + PIECE, first + cols)
-            a, b = piece_grad_sums(x[i:end], dy[i:end], mean_hi, scale)
-            sum_dz += a
-            sum_dz_x_hat += b
-    return sum_dz, sum_dz_x_hat - (mean - mean_hi) * rstd * sum_dz
+    first_run, end_run = runs(c0, cols, cut.run)
+    for j in range(first_run, end_run):
+        start, end = max(c0, j * cut.run), min(c0 + cols, (j + 1) * cut.run)
+        a = b = 0.0
+        for r in range(r0, r0 + rows):
+            base = (r * cut.group + slot) * cut.inner
+            for i in range(base + start, base + end, PIECE):
+                stop = min(i + PIECE, base + end)
+                piece_a, piece_b = piece_grad_sums(x[i:stop], dy[i:stop], mean_hi, scale)
+                a += piece_a
+                b += piece_b
+        sum_dz[j] += a
+        sum_dz_x_hat[j] += b - (mean - mean_hi) * rstd * a
 
 
 @helper
@@ -136,27 +152,31 @@ def constant_grad_segment(dy, dx, gain):
 
 @helper
 def input_grad_chunk(g, x, dy, dx, slot, chunk, mean, rstd, weight, sum_dz, sum_dz_x_hat, n, constant):
-    """Dx of one chunk of a slot."""
+    """Dx of one chunk of a slot, run by run, from the sums over all of its runs."""
     cut = unpack(g)
-    w = parameter(weight, slot % cut.period, 1.0)
+    first = slot % cut.period * cut.width
+    sum_g, sum_g_x_hat = weighted(weight, first, sum_dz), weighted(weight, first, sum_dz_x_hat)
     mean_hi, scale, _ = affine(mean, rstd, 1.0, 0.0, x)
-    slope, offset, gain = gradient_terms(mean, rstd, w, sum_dz, sum_dz_x_hat, n, constant, x)
+    slope, offset, factor = gradient_terms(mean, rstd, sum_g, sum_g_x_hat, n, True, constant, x)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
-    for r in range(r0, r0 + rows):
-        first = (r * cut.group + slot) * cut.inner + c0
-        end = first + cols
-        if constant:
-            constant_grad_segment(dy[first:end], dx[first:end], gain)
-        else:
-            input_grad_segment(
-                x[first:end], dy[first:end], dx[first:end], mean_hi, scale, slope, offset, gain
-            )
+    first_run, end_run = runs(c0, cols, cut.run)
+    for j in range(first_run, end_run):
+        gain = x.dtype.type(factor * parameter(weight, first + j, 1.0))
+        start, end = max(c0, j * cut.run), min(c0 + cols, (j + 1) * cut.run)
+        for r in range(r0, r0 + rows):
+            base = (r * cut.group + slot) * cut.inner
+            x_run, dy_run, dx_run = x[base + start : base + end], dy[base + start : base + end], dx[base + start : base + end]
+            if constant:
+                constant_grad_segment(dy_run, dx_run, gain)
+            else:
+                input_grad_segment(x_run, dy_run, dx_run, mean_hi, scale, slope, offset, gain)
 
 
 @Twins
 def moments_kernel(g, x, mean, m2):
     """One chunk per task, then the chunks of each slot in order; reads x once."""
-    group, chunks = g[1], g[6]
+    cut = unpack(g)
+    group, chunks = cut.group, cut.chunks
     part = np.empty((group * chunks, 3))
     for task in prange(group * chunks):
         part[task, 0], part[task, 1], part[task, 2] = chunk_moments(g, x, task // chunks, task % chunks)
@@ -170,7 +190,8 @@ def moments_kernel(g, x, mean, m2):
 @Twins
 def apply_kernel(g, x, y, mean, rstd, weight, bias):
     """One chunk per task; reads x and writes y once."""
-    group, chunks = g[1], g[6]
+    cut = unpack(g)
+    group, chunks = cut.group, cut.chunks
     for task in prange(group * chunks):
         slot = task // chunks
         apply_chunk(g, x, y, slot, task % chunks, mean[slot], rstd[slot], weight, bias)
@@ -179,7 +200,8 @@ def apply_kernel(g, x, y, mean, rstd, weight, bias):
 @Twins
 def forward_kernel(g, x, y, weight, bias, eps, mean, m2, rstd):
     """One slot per task: its moments, then its normalization from cache."""
-    group, chunks = g[1], g[6]
+    cut = unpack(g)
+    group, chunks = cut.group, cut.chunks
     for slot in prange(group):
         n = slot_mean = slot_m2 = 0.0
         for chunk in range(chunks):
@@ -194,24 +216,24 @@ def forward_kernel(g, x, y, weight, bias, eps, mean, m2, rstd):
 @Twins
 def grad_sums_kernel(g, x, dy, mean, rstd, sum_dz, sum_dz_x_hat):
     """One chunk per task, then the chunks of each slot in order; reads x and dy once."""
-    group, chunks = g[1], g[6]
-    part = np.empty((group * chunks, 2))
+    cut = unpack(g)
+    group, chunks = cut.group, cut.chunks
+    part_dz, part_dz_x_hat = np.zeros((group * chunks, cut.width)), np.zeros((group * chunks, cut.width))
     for task in prange(group * chunks):
-        slot = task // chunks
-        part[task, 0], part[task, 1] = chunk_grad_sums(g, x, dy, slot, task % chunks, mean[slot], rstd[slot])
+        k = task // chunks
+        chunk_grad_sums(g, x, dy, k, task % chunks, mean[k], rstd[k], part_dz[task], part_dz_x_hat[task])
     for slot in range(group):
-        a = b = 0.0
-        for i in range(slot * chunks, (slot + 1) * chunks):
-            a += part[i, 0]
-            b += part[i, 1]
-        sum_dz[slot], sum_dz_x_hat[slot] = a, b
+        for task in range(slot * chunks, (slot + 1) * chunks):
+            add_rows(sum_dz[slot], part_dz[task])
+            add_rows(sum_dz_x_hat[slot], part_dz_x_hat[task])
 
 
 @Twins
 def input_grad_kernel(g, x, dy, dx, mean, rstd, weight, sum_dz, sum_dz_x_hat, n, constant):
     """One chunk per task; reads x and dy and writes dx once."""
-    group, chunks = g[1], g[6]
-    for task in prange(group * chunks):
+    cut = unpack(g)
+    chunks = cut.chunks
+    for task in prange(cut.group * chunks):
         k = task // chunks
         input_grad_chunk(
             g, x, dy, dx, k, task % chunks, mean[k], rstd[k], weight, sum_dz[k], sum_dz_x_hat[k], n, constant
@@ -221,13 +243,12 @@ def input_grad_kernel(g, x, dy, dx, mean, rstd, weight, sum_dz, sum_dz_x_hat, n,
 @Twins
 def backward_kernel(g, x, dy, dx, mean, rstd, weight, sum_dz, sum_dz_x_hat, n):
     """One slot per task: its sums, then its dx from cache."""
-    group, chunks = g[1], g[6]
-    for slot in prange(group):
-        a = b = 0.0
+    cut = unpack(g)
+    chunks = cut.chunks
+    for k in prange(cut.group):
         for chunk in range(chunks):
-            part_a, part_b = chunk_grad_sums(g, x, dy, slot, chunk, mean[slot], rstd[slot])
-            a += part_a
-            b += part_b
-        sum_dz[slot], sum_dz_x_hat[slot] = a, b
+            chunk_grad_sums(g, x, dy, k, chunk, mean[k], rstd[k], sum_dz[k], sum_dz_x_hat[k])
         for chunk in range(chunks):
-            input_grad_chunk(g, x, dy, dx, slot, chunk, mean[slot], rstd[slot], weight, a, b, n, False)
+            input_grad_chunk(
+                g, x, dy, dx, k, chunk, mean[k], rstd[k], weight, sum_dz[k], sum_dz_x_hat[k], n, False
+            )

@@ -11,6 +11,7 @@ from math import isnan
 import numpy as np
 
 from nbnorm._cpu.launch import helper, reduction
+from nbnorm._math import merge
 
 # Values summed in the array's own type before float64 takes over: with 32 or more SIMD accumulators no chain
 # is longer than 32 additions, which keeps a float32 sum within about one part in ten million.
@@ -105,6 +106,32 @@ def tile_moments(x, first, stride, rows, n):
 
 
 @helper
+def line_moments(x, centered):
+    """Count, mean and m2 of neighbours: their tiles merged in order; about zero if not centered."""
+    n = mean = m2 = 0.0
+    for i in range(0, x.shape[0], TILE):
+        tile_n = min(TILE, x.shape[0] - i)
+        if centered:
+            tile_mean, tile_m2 = tile_moments(x, i, 0, 1, tile_n)
+            n, mean, m2 = merge(n, mean, m2, np.float64(tile_n), tile_mean, tile_m2)
+        else:
+            n += tile_n
+            m2 += tile_squares(x[i : i + tile_n])
+    return n, mean, m2
+
+
+@helper
+def tile_squares(x):
+    """Sum of squares of a tile."""
+    total = 0.0
+    for i in range(0, x.shape[0], PIECE):
+        total += shifted_sums(x[i : min(i + PIECE, x.shape[0])], x.dtype.type(0))[1]
+    if trusted(total, total, x.itemsize < 8):
+        return total
+    return central_sums(x, 0.0)[1]
+
+
+@helper
 def careful_tile_moments(x, first, stride, rows, n):
     """Mean and m2 of a tile in two float64 passes: any finite float32, NaN and Inf."""
     total = 0.0
@@ -127,3 +154,19 @@ def careful_tile_moments(x, first, stride, rows, n):
 def parameter(values, i, default):
     """Element of an optional weight or bias, in float64."""
     return default if values is None else np.float64(values[i])
+
+
+@helper
+def add_rows(total, a):
+    """Add one row of sums to another."""
+    for i in range(total.shape[0]):
+        total[i] += a[i]
+
+
+@helper
+def weighted(weight, first, sums):
+    """Sum of the sums of a slot's runs, each times its weight, which starts at ``first``."""
+    total = 0.0
+    for j in range(sums.shape[0]):
+        total += parameter(weight, first + j, 1.0) * sums[j]
+    return total
