@@ -3,6 +3,7 @@
 from nbnorm.functional import batch_norm_backward, batch_norm_forward, batch_norm_inference
 from nbnorm.layers import BatchNorm
 from nbnorm.moments import GradSums, Moments
+from nbnorm.norms import *
 from nbnorm.phases import batch_moments, batch_norm_apply, batch_norm_grad_sums, batch_norm_input_grad
 from nbnorm.running import update_running_stats
 from nbnorm.saved import Saved

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nbnorm import _checks, _layout, running
 from nbnorm._dispatch import backend
-from nbnorm._view import View
+from nbnorm._view import View, batch_view
 from nbnorm.moments import Moments
 from nbnorm.running import Pair, Rule
 from nbnorm.saved import Saved
 
 Array = np.ndarray
-Sums = tuple[Array, Array]
 
 
 class Call(NamedTuple):
@@ -43,7 +43,7 @@ def prepare(
     bias = _checks.parameter("bias", bias, axis, source.shape)
     if out is not None:
         _checks.out("out", out, source.shape, source.dtype)
-    packed, view = _layout.plan_batch(source, axis)
+    packed, view, _ = _layout.plan(source, partial(batch_view, channel_axis=axis))
     return Call(operation, source, packed, view, weight, bias, eps, out)
 
 
@@ -88,7 +88,7 @@ def forward_training(
         mean, m2, rstd = be.forward(view, call.x, work, call.weight, call.bias, call.eps)
         y = _layout.deliver(work, call.out)
     warn_of_zero_over_zero(call, m2)
-    saved = Saved(call.x, call.weight, call.bias, mean, rstd, float(view.values), m2, view)
+    saved = _saved(call, mean, rstd, float(view.values), m2)
     if pair is None or not view.size:
         return y, saved, None
     return y, saved, running.update(pair, mean, running.batch_var(view.values, m2, rule.ddof), rule)
@@ -120,7 +120,7 @@ def forward_by_constants(call: Call, mean: Array, var: Array) -> tuple[Array, Sa
     mean = mean.astype(np.float64)
     rstd = backend(call.x).rstd(var.astype(np.float64), 1.0, call.eps)
     y = normalize(call, mean, rstd)
-    return y, Saved(call.x, call.weight, call.bias, mean, rstd, float(call.view.values), None, call.view)
+    return y, _saved(call, mean, rstd, float(call.view.values), None)
 
 
 def forward_eval(call: Call, running_mean: Any, running_var: Any) -> tuple[Array, Saved]:
@@ -136,9 +136,7 @@ def forward_by_moments(call: Call, m: Moments, constant: bool) -> tuple[Array, S
     rstd = m.rstd(call.eps)
     y = normalize(call, m.mean, rstd)
     warn_of_zero_over_zero(call, m.m2)
-    return y, Saved(
-        call.x, call.weight, call.bias, m.mean, rstd, m.count, None if constant else m.m2, call.view
-    )
+    return y, _saved(call, m.mean, rstd, m.count, None if constant else m.m2)
 
 
 def normalize(call: Call, mean: Array, rstd: Array) -> Array:
@@ -154,63 +152,8 @@ def warn_of_zero_over_zero(call: Call, m2: Array) -> None:
         warnings.warn(f"invalid value encountered in {call.operation}", RuntimeWarning, stacklevel=4)
 
 
-def gradient(dy: Any, saved: Saved) -> Array:
-    """Return a checked dy in the memory order of x."""
-    dy = _checks.array("dy", dy)
-    _checks.shape("dy", dy, saved.x.shape)
-    _checks.dtype("dy", dy, saved.x.dtype)
-    return _layout.arrange(dy, saved.x)
-
-
-def backward(dy: Array, saved: Saved, with_dx: bool, with_sums: bool, out: Array | None) -> tuple[Any, Any]:
-    """Return dx and the gradient sums, each None where it is not wanted."""
-    be = backend(saved.x)
-    if not with_dx:
-        return None, grad_sums(dy, saved) if with_sums else None
-    if saved.constant:
-        sums = grad_sums(dy, saved) if with_sums else None
-        return input_grad(dy, saved, None, out), sums
-    dx = _layout.workspace(out, saved.x, dy, saved.x)
-    sums = be.backward(saved.view, saved.x, dy, dx, saved.mean, saved.rstd, saved.weight, saved.count)
-    return _layout.deliver(dx, out), sums
-
-
-def grad_sums(dy: Array, saved: Saved) -> Sums:
-    """Sums of dz and of dz * x_hat over each channel."""
-    sums: Sums = backend(saved.x).grad_sums(saved.view, saved.x, dy, saved.mean, saved.rstd)
-    return sums
-
-
-def input_grad(dy: Array, saved: Saved, sums: Sums | None, out: Array | None) -> Array:
-    """Dx for given gradient sums, None for constant statistics."""
-    dx = _layout.workspace(out, saved.x, dy, saved.x)
-    backend(saved.x).input_grad(
-        saved.view, saved.x, dy, dx, saved.mean, saved.rstd, saved.weight, sums, saved.count
+def _saved(call: Call, mean: Array, rstd: Array, count: float, m2: Array | None) -> Saved:
+    """Gather what backward needs; statistics without m2 are constants."""
+    return Saved(
+        "batch_norm", call.x, call.weight, call.bias, mean, rstd, count, m2, m2 is None, call.view, None
     )
-    return _layout.deliver(dx, out)
-
-
-def gradient_buffers(
-    out: Any, names: tuple[str, ...], likes: tuple[Array | None, ...], wanted: list[bool]
-) -> tuple[Array | None, ...]:
-    """Return checked result buffers, one per gradient; a buffer for a gradient that is not computed is refused."""
-    if out is None:
-        return (None,) * len(names)
-    if not isinstance(out, tuple) or len(out) != len(names):
-        raise ValueError(
-            f"out must be a tuple of {len(names)} arrays or None ({', '.join(names)}), got {out!r:.80}"
-        )
-    for i, (name, like, buffer) in enumerate(zip(names, likes, out, strict=True)):
-        if buffer is not None and not wanted[i]:
-            raise ValueError(f"out[{i}] was given, but {name} is not computed")
-        if buffer is not None and like is not None:
-            _checks.out(f"out[{i}]", buffer, like.shape, like.dtype)
-    return out
-
-
-def cast(values: Array, like: Array, out: Array | None) -> Array:
-    """Return float64 sums in the dtype of a parameter, in ``out`` if it is given."""
-    if out is None:
-        return values.astype(like.dtype)
-    out[...] = values
-    return out

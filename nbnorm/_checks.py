@@ -138,6 +138,39 @@ def parameter(name: str, value: Any, channel_axis: int, x_shape: tuple[int, ...]
     return checked
 
 
+def trailing_axes(norm: str, value: Any, ndim: int) -> int:
+    """Return where the normalized axes start: an int names the last axis, a tuple the trailing ones."""
+    if ndim < 1:
+        raise ValueError(f"{norm} expects at least 1 dimension, got {ndim}")
+    axes = [axis("axis", item, ndim) for item in (value if isinstance(value, (tuple, list)) else (value,))]
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"repeated axis in axis={value!r}")
+    split = ndim - len(axes)
+    if not axes or sorted(axes) != list(range(split, ndim)):
+        raise ValueError(f"axis must be the last axis or a tuple of trailing axes, got {value!r} for {ndim} dimensions")
+    return split
+
+
+def normalized_parameter(name: str, value: Any, expected: tuple[int, ...], x_shape: tuple[int, ...]) -> Any:
+    """Return weight or bias with one entry per normalized element, or None."""
+    if value is None:
+        return None
+    checked = array(name, value)
+    if checked.shape != expected:
+        raise ValueError(
+            f"{name} has shape {checked.shape}, expected {expected} = normalized axes of x with shape {x_shape}"
+        )
+    return checked
+
+
+def num_groups(value: Any, channels: int) -> int:
+    """Return a number of groups that divides the channels."""
+    groups = positive_integer("num_groups", value)
+    if channels % groups:
+        raise ValueError(f"number of channels {channels} is not divisible by num_groups {groups}")
+    return groups
+
+
 def statistic(name: str, value: Any, channels: int) -> np.ndarray:
     """Return a mean or variance that is read, with one entry per channel."""
     checked = array(name, value)

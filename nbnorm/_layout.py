@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from nbnorm import _checks
-from nbnorm._view import View, batch_view, memory_order
+from nbnorm._view import View, memory_order
+from nbnorm.saved import Saved
 
 
 def order(x: np.ndarray) -> tuple[int, ...] | None:
@@ -20,12 +23,36 @@ def pack(x: np.ndarray) -> np.ndarray:
     return packed
 
 
-def plan_batch(x: np.ndarray, channel_axis: int) -> tuple[np.ndarray, View]:
-    """Return x, packed once if it has gaps, and its view."""
-    view = batch_view(x.shape, x.strides, x.itemsize, channel_axis)
-    if view is None:
-        return plan_batch(pack(x), channel_axis)
-    return x, view
+Planner = Callable[[tuple[int, ...], tuple[int, ...], int], View | None]
+
+
+def plan(
+    x: np.ndarray, planner: Planner, fallback: Sequence[int] = ()
+) -> tuple[np.ndarray, View, tuple[int, ...] | None]:
+    """Return x, packed once if its memory has no view, the view, and the order of results if packing changed it.
+
+    An array with gaps is packed in its own order of axes, one in an order without a view in the order
+    ``fallback``, which has one.
+    """
+    view = planner(x.shape, x.strides, x.itemsize)
+    if view is None and order(x) is None:
+        x = pack(x)
+        view = planner(x.shape, x.strides, x.itemsize)
+    if view is not None:
+        return x, view, None
+    packed = np.ascontiguousarray(x.transpose(fallback)).transpose(np.argsort(fallback))
+    view = planner(packed.shape, packed.strides, packed.itemsize)
+    assert view is not None
+    axes = sorted(range(x.ndim), key=lambda axis: -x.strides[axis])
+    return packed, view, tuple(axes)
+
+
+def result(saved: Saved) -> np.ndarray:
+    """Return a new array for dx in the memory order of the x that came."""
+    if saved.order is None:
+        return np.empty_like(saved.x)
+    memory = np.empty([saved.x.shape[axis] for axis in saved.order], saved.x.dtype)
+    return memory.transpose(np.argsort(saved.order))
 
 
 def arrange(x: np.ndarray, like: np.ndarray) -> np.ndarray:
@@ -43,9 +70,7 @@ def workspace(out: np.ndarray | None, like: np.ndarray, *inputs: np.ndarray) -> 
     A buffer that coincides with an input is fine, since every element is read before it is written; one
     that overlaps an input otherwise, or is laid out differently, is filled from the new array by `deliver`.
     """
-    if out is None:
-        return np.empty_like(like)
-    if order(out) != order(like):
+    if out is None or order(out) != order(like):
         return np.empty_like(like)
     for x in inputs:
         if _checks.overlap(out, x) and _address(out) != _address(x):

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm import _batch, _checks
+from nbnorm import _batch, _checks, _gradients
+from nbnorm._gradients import GRADIENTS
 from nbnorm.running import Rule
 from nbnorm.saved import Saved
 
 Array = np.ndarray
-GRADIENTS = ("dx", "dweight", "dbias")
 
 
 def batch_norm_forward(
@@ -216,13 +216,5 @@ def batch_norm_backward(
     >>> dbias
     array([1.])
     """
-    _checks.instance("saved", saved, Saved)
-    names = _checks.need(need, GRADIENTS)
-    dy = _batch.gradient(dy, saved)
-    likes = (saved.x, saved.weight, saved.bias)
-    wanted = [name in names and like is not None for name, like in zip(GRADIENTS, likes, strict=True)]
-    buffers = _batch.gradient_buffers(out, GRADIENTS, likes, wanted)
-    dx, sums = _batch.backward(dy, saved, wanted[0], any(wanted[1:]), buffers[0])
-    dweight = _batch.cast(sums[1], saved.weight, buffers[1]) if wanted[1] else None  # type: ignore[arg-type]
-    dbias = _batch.cast(sums[0], saved.bias, buffers[2]) if wanted[2] else None  # type: ignore[arg-type]
+    dx, dweight, dbias = _gradients.backward("batch_norm", dy, saved, need, out)
     return dx, dweight, dbias

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm import _batch, _checks
+from nbnorm import _batch, _checks, _gradients
 from nbnorm._dispatch import backend
 from nbnorm.moments import GradSums, Moments
 from nbnorm.saved import Saved
@@ -136,8 +136,8 @@ def batch_norm_grad_sums(dy: Any, saved: Saved) -> GradSums:
     >>> nbnorm.batch_norm_grad_sums(np.array([[1.0], [2.0]]), saved).sum_dz_x_hat
     array([1.])
     """
-    _checks.instance("saved", saved, Saved)
-    return GradSums(*_batch.grad_sums(_batch.gradient(dy, saved), saved))
+    _gradients.check_saved("batch_norm", saved)
+    return GradSums(*_gradients.grad_sums(_gradients.gradient(dy, saved), saved))
 
 
 def batch_norm_input_grad(dy: Any, saved: Saved, sums: GradSums, *, out: Array | None = None) -> Array:
@@ -173,10 +173,10 @@ def batch_norm_input_grad(dy: Any, saved: Saved, sums: GradSums, *, out: Array |
     >>> bool(abs(dx.sum()) < 1e-12)
     True
     """
-    _checks.instance("saved", saved, Saved)
+    _gradients.check_saved("batch_norm", saved)
     _checks.instance("sums", sums, GradSums)
     _checks.shape("sums.sum_dz", sums.sum_dz, saved.mean.shape)
-    dy = _batch.gradient(dy, saved)
+    dy = _gradients.gradient(dy, saved)
     if out is not None:
         _checks.out("out", out, saved.x.shape, saved.x.dtype)
-    return _batch.input_grad(dy, saved, None if saved.constant else (sums.sum_dz, sums.sum_dz_x_hat), out)
+    return _gradients.input_grad(dy, saved, None if saved.constant else (sums.sum_dz, sums.sum_dz_x_hat), out)

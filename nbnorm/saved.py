@@ -16,37 +16,45 @@ class Saved:
 
     Attributes
     ----------
+    norm : str
+        Which norm made it: its backward call takes no other.
     x, weight, bias : ndarray or None
         The arrays of the forward call (x is the packed copy if one was made), which must not change before
         backward.
-    mean, rstd : ndarray, shape (C,)
-        The statistics that normalized x, in float64: of the batch, or a snapshot of the running ones.
+    mean, rstd : ndarray
+        The statistics that normalized x, in float64: of the batch, or a snapshot of the running ones. Their shape
+        is (C,) for batch norm, (N, C) for instance norm, (N, G) for group norm, and that of x without the
+        normalized axes for layer and RMS norm, whose mean is None.
     count : float
-        Number of values per channel that the statistics cover.
+        Number of values that share a mean and a variance.
     m2 : ndarray or None
-        Sum of squared deviations behind rstd; None where backward takes the statistics as constants.
+        Sum of squared deviations behind rstd, for the training of batch norm.
+    constant : bool
+        Whether backward takes the statistics as constants, as in eval mode.
     view : View
         How x is walked.
+    order : tuple of int or None
+        Memory order of the results where it is not that of the packed x.
     """
 
+    norm: str
     x: np.ndarray
     weight: np.ndarray | None
     bias: np.ndarray | None
-    mean: np.ndarray
+    mean: np.ndarray | None
     rstd: np.ndarray
     count: float
     m2: np.ndarray | None
+    constant: bool
     view: View
-
-    @property
-    def constant(self) -> bool:
-        """Whether backward takes the statistics as constants, as in eval mode."""
-        return self.m2 is None
+    order: tuple[int, ...] | None
 
     @property
     def moments(self) -> Moments | None:
-        """The moments that normalized x; None where the statistics were constants."""
-        return None if self.m2 is None else Moments(self.count, self.mean, self.m2)
+        """The moments that normalized x in batch norm's training; None for other norms and for constants."""
+        if self.m2 is None or self.mean is None:
+            return None
+        return Moments(self.count, self.mean, self.m2)
 
     @property
     def nbytes(self) -> int:
@@ -55,8 +63,8 @@ class Saved:
         return sum(array.nbytes for array in arrays if array is not None)
 
     def __repr__(self) -> str:
-        kind = "constant" if self.constant else "batch"
+        kind = "constant" if self.constant else "own"
         return (
-            f"Saved({kind} statistics of {self.mean.size} channels, count={self.count:g}, "
+            f"Saved({self.norm}, {kind} statistics{list(self.rstd.shape)}, count={self.count:g}, "
             f"x={self.x.dtype.name}{list(self.x.shape)}, nbytes={self.nbytes})"
         )

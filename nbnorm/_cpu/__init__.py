@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from nbnorm._cpu import columns, planes, rows
-from nbnorm._cpu.launch import flat, kernel, threads_for
+from nbnorm._cpu.launch import flat, kernel, line, threads_for
 from nbnorm._math import blend, merge, reciprocal_std
 from nbnorm._view import View
 
@@ -22,11 +22,6 @@ _TRAVERSALS = {"planes": planes, "columns": columns, "rows": rows}
 
 Array = np.ndarray
 Sums = tuple[Array, Array]
-
-
-def line(parameter: Array | None) -> Array | None:
-    """View an optional parameter as a contiguous line."""
-    return None if parameter is None else flat(parameter)
 
 
 def moments(view: View, x: Array, centered: bool = True) -> tuple[Array | None, Array]:

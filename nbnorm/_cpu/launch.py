@@ -109,6 +109,11 @@ def flat(x: np.ndarray) -> np.ndarray:
     return line if line.flags.writeable else np.asarray(_Writable(line))
 
 
+def line(parameter: np.ndarray | None) -> np.ndarray | None:
+    """View an optional parameter as one dimension in C order."""
+    return None if parameter is None else flat(np.ascontiguousarray(parameter))
+
+
 class _Writable:
     """The memory of a read-only array behind NumPy's array interface, without the flag."""
 

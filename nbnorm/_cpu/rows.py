@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import prange
 
-from nbnorm._cpu.launch import Twins, balanced, flat, helper, reduction, threads_for
+from nbnorm._cpu.launch import Twins, balanced, flat, helper, line, reduction, threads_for
 from nbnorm._cpu.tiles import CHUNK, PIECE, add_rows, line_moments
 from nbnorm._math import affine, gradient_terms, input_gradient, merge, normalize, reciprocal_std
 from nbnorm._view import View
@@ -78,6 +78,12 @@ def span(g, r, chunk):
 def value_of(statistic, r):
     """Element of the means, 0 where there are none."""
     return 0.0 if statistic is None else statistic[r]
+
+
+@helper
+def entry(values, i):
+    """Entry of an optional array of arrays."""
+    return None if values is None else values[i]
 
 
 @helper
@@ -254,42 +260,57 @@ def grad_sums_kernel(g, x, dy, mean, rstd, weight, sum_g, sum_g_x_hat):
         sum_g[r], sum_g_x_hat[r] = a, b
 
 
+@helper
+def finish_row(g, r, start, end, chunk, sums, wide):
+    """Flush the sums of a chunk of columns after every few rows and at the end of the band."""
+    if sums is not None and ((r - start) % TILE_ROWS == TILE_ROWS - 1 or r == end - 1):
+        flush(g, chunk, sums, wide)
+
+
+@helper
+def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_x_hat, narrow, wide):
+    """Dx of one chunk of the columns of a band, row by row, for given sums."""
+    start, end = band_rows(g, band)
+    own, own_wide = entry(narrow, band), entry(wide, band)
+    for r in range(start, end):
+        a, b = value_of(sum_g, r), value_of(sum_g_x_hat, r)
+        backward_chunk(g, x, dy, dx, r, chunk, mean, rstd, weight, a, b, own)
+        finish_row(g, r, start, end, chunk, own, own_wide)
+
+
+@helper
+def backward_band(g, x, dy, dx, band, mean, rstd, weight, narrow, wide):
+    """Sums and dx of a band, row by row."""
+    chunks = unpack(g).chunks
+    start, end = band_rows(g, band)
+    own, own_wide = entry(narrow, band), entry(wide, band)
+    for r in range(start, end):
+        a = b = 0.0
+        for chunk in range(chunks):
+            part_a, part_b = chunk_grad_sums(g, x, dy, r, chunk, value_of(mean, r), rstd[r], weight)
+            a += part_a
+            b += part_b
+        for chunk in range(chunks):
+            backward_chunk(g, x, dy, dx, r, chunk, mean, rstd, weight, a, b, own)
+            finish_row(g, r, start, end, chunk, own, own_wide)
+
+
 @Twins
 def input_grad_kernel(g, x, dy, dx, mean, rstd, weight, sum_g, sum_g_x_hat, narrow, wide):
     """One chunk of the columns of a band per task; reads x and dy and writes dx once."""
     cut = unpack(g)
     chunks = cut.chunks
     for task in prange(cut.bands * chunks):
-        band, chunk = task // chunks, task % chunks
-        start, end = band_rows(g, band)
-        sums = None if narrow is None else narrow[band]
-        for r in range(start, end):
-            a = 0.0 if sum_g is None else sum_g[r]
-            b = 0.0 if sum_g is None else sum_g_x_hat[r]
-            backward_chunk(g, x, dy, dx, r, chunk, mean, rstd, weight, a, b, sums)
-            if sums is not None and ((r - start) % TILE_ROWS == TILE_ROWS - 1 or r == end - 1):
-                flush(g, chunk, sums, wide[band])
+        input_grad_band(
+            g, x, dy, dx, task // chunks, task % chunks, mean, rstd, weight, sum_g, sum_g_x_hat, narrow, wide
+        )
 
 
 @Twins
 def backward_kernel(g, x, dy, dx, mean, rstd, weight, narrow, wide):
     """One band of rows per task: the sums of each row, then its dx from cache."""
-    cut = unpack(g)
-    chunks = cut.chunks
-    for band in prange(cut.bands):
-        start, end = band_rows(g, band)
-        sums = None if narrow is None else narrow[band]
-        for r in range(start, end):
-            a = b = 0.0
-            for chunk in range(chunks):
-                part_a, part_b = chunk_grad_sums(g, x, dy, r, chunk, value_of(mean, r), rstd[r], weight)
-                a += part_a
-                b += part_b
-            for chunk in range(chunks):
-                backward_chunk(g, x, dy, dx, r, chunk, mean, rstd, weight, a, b, sums)
-            if sums is not None and ((r - start) % TILE_ROWS == TILE_ROWS - 1 or r == end - 1):
-                for chunk in range(chunks):
-                    flush(g, chunk, sums, wide[band])
+    for band in prange(unpack(g).bands):
+        backward_band(g, x, dy, dx, band, mean, rstd, weight, narrow, wide)
 
 
 def backward(
@@ -301,7 +322,7 @@ def backward(
     if not view.size:
         return np.zeros(parameters), np.zeros(parameters)
     g, threads = geometry(view), threads_for(view.size)
-    arrays = (flat(x), flat(dy), None if dx is None else flat(dx), mean, rstd, None if weight is None else flat(weight))
+    arrays = (flat(x), flat(dy), None if dx is None else flat(dx), mean, rstd, line(weight))
     bands = Cut(*g).bands
     narrow = np.zeros((bands, 2, parameters), x.dtype) if with_parameters else None
     wide = np.zeros((bands, 2, parameters)) if with_parameters else None
