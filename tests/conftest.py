@@ -1,0 +1,59 @@
+"""Fixtures: the device, a seeded generator, result buffers that show what was not written."""
+
+import zlib
+
+import numpy as np
+import pytest
+
+from cases import place
+
+
+class NumpyDevice:
+    """Arrays of the host: both ways are the identity."""
+
+    name = "numpy"
+
+    def put(self, array):
+        """Bring an array to the device, strides and all."""
+        return array
+
+    def get(self, array):
+        """Bring a result back to the host."""
+        assert type(array) is np.ndarray
+        return array
+
+
+@pytest.fixture(params=[NumpyDevice()], ids=lambda device: device.name)
+def device(request):
+    """Return the device that the arrays of a test live on."""
+    return request.param
+
+
+@pytest.fixture
+def rng(request):
+    """Make a generator seeded by the name of the test: neither order nor selection changes the data."""
+    return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+class Buffer:
+    """A result buffer with given strides, full of a value no test expects, in a larger block full of it."""
+
+    def __init__(self, shape, dtype, layout, fill):
+        self.block, self.out = place(shape, dtype, layout, fill)
+        self.fill = fill
+
+    def assert_gaps_untouched(self):
+        """Fail if anything was written beside the result."""
+        block = self.block.copy()
+        if self.out.size:
+            offset = self.out.__array_interface__["data"][0] - self.block.__array_interface__["data"][0]
+            twin = np.ndarray(self.out.shape, self.out.dtype, block, offset, self.out.strides)
+            twin[...] = self.fill
+        expected = np.full_like(self.block, self.fill)
+        np.testing.assert_array_equal(block, expected, err_msg="written beside the result")
+
+
+@pytest.fixture(params=[np.nan, 1e30], ids=["nan", "huge"])
+def poisoned(request):
+    """Make result buffers full of NaN or of a large number, in which an unwritten element is seen."""
+    return lambda shape, dtype, layout="C": Buffer(shape, dtype, layout, request.param)

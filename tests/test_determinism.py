@@ -1,0 +1,162 @@
+"""The same bits whatever the threads, the twin, the strides, the form of the call, and from run to run."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+
+import nbnorm
+import oracle
+from cases import TRAVERSALS, Case, arrange
+
+# Beside the traversals: work that does not divide among two or four threads, enough of it to be shared out.
+SHARED_OUT = [
+    *TRAVERSALS,
+    Case((3, 5, 263, 257), 1, "planes, uneven"),
+    Case((30011, 17), 1, "columns, uneven"),
+    Case((1, 1, 400009), 1, "one long slot"),
+    Case((4, 20011), 1, "wide columns"),
+]
+# Enough to meet both traversals where every further case costs a compilation.
+FEW = [SHARED_OUT[0], SHARED_OUT[3]]
+
+
+def results(case):
+    """Every array one training step and one inference call produce; the data depend on the case alone."""
+    rng = np.random.default_rng(7)
+    x, dy = case.x(rng, np.float32), case.dy(rng, np.float32)
+    parameters, running = case.parameters(rng, np.float32), case.running(rng)
+    options = {"channel_axis": case.channel_axis}
+    inferred = nbnorm.batch_norm_inference(x, *running, *parameters, **options)
+    y, saved = nbnorm.batch_norm_forward(x, *parameters, *running, **options)
+    return [
+        inferred,
+        y,
+        saved.mean,
+        saved.rstd,
+        saved.moments.m2,
+        *running,
+        *nbnorm.batch_norm_backward(dy, saved),
+    ]
+
+
+def digests(cases=SHARED_OUT):
+    """Return one digest of the results per case, for the threads that are set now."""
+    found = {}
+    for case in cases:
+        arrays = [np.ascontiguousarray(array).tobytes() for array in results(case)]
+        found[str(case)] = hashlib.sha256(b"".join(arrays)).hexdigest()
+    return found
+
+
+def digests_by_threads():
+    """Return the digests for each number of threads."""
+    found = {}
+    for count in (1, 2, 4):
+        numba.set_num_threads(count)
+        found[str(count)] = digests()
+    return found
+
+
+def in_subprocess(call, **environment):
+    """Return the result of a call of this file in a fresh interpreter, with four threads to its name."""
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", f"import json; from test_determinism import *; print(json.dumps({call}))"],
+        env={**os.environ, "NUMBA_NUM_THREADS": "4", "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_runs():
+    """The same call again has the same bits."""
+    assert digests() == digests()
+
+
+@pytest.mark.slow
+def test_threads():
+    """One, two and four threads of another process agree with this one; one thread runs the serial twin."""
+    here = digests()
+    found = in_subprocess("digests_by_threads()")
+    assert sorted(found) == ["1", "2", "4"]
+    for count in found:
+        assert found[count] == here, f"{count} threads"
+
+
+@pytest.mark.slow
+def test_without_threads():
+    """NBNORM_PARALLEL=0 keeps everything serial, with the bits of the parallel twin."""
+    assert in_subprocess("digests(FEW)", NBNORM_PARALLEL="0") == digests(FEW)
+
+
+def test_digests_see_a_single_bit(monkeypatch):
+    """The comparison above can fail: one changed bit changes the digest of that case only."""
+    before = digests()
+    forward = nbnorm.batch_norm_forward
+
+    def altered(x, *args, **options):
+        y, saved = forward(x, *args, **options)
+        if x.shape == (700, 80):
+            y[699, 79] = np.nextafter(y[699, 79], np.float32(9))
+        return y, saved
+
+    monkeypatch.setattr(nbnorm, "batch_norm_forward", altered)
+    after = digests()
+    assert [name for name in before if before[name] != after[name]] == ["700x80 axis 1 C"]
+
+
+VIEWS = [
+    (shape, axis, layout)
+    for shape, axis in [((5, 6, 40, 41), 1), ((700, 80), 1), ((4001, 3), 1)]
+    for layout in ("gaps inside", "gaps outside", "gaps on axis 1", "inner block", "unaligned", "read-only")
+]
+
+
+@pytest.mark.parametrize(("shape", "axis", "layout"), VIEWS)
+def test_view_with_gaps_and_its_dense_copy(shape, axis, layout, rng):
+    """Strides of a view change where values lie, not one bit of the results."""
+    values = rng.standard_normal((2, *shape)).astype(np.float32)
+    case = Case(shape, axis, "view")
+    parameters, running = case.parameters(rng, np.float32), case.running(rng)
+    found = []
+    for x, dy in ((arrange(values[0], layout), arrange(values[1], layout)), values):
+        buffers = [array.copy() for array in running]
+        y, saved = nbnorm.batch_norm_forward(x, *parameters, *buffers, channel_axis=axis)
+        inferred = nbnorm.batch_norm_inference(x, *running, *parameters, channel_axis=axis)
+        found.append([y, *nbnorm.batch_norm_backward(dy, saved), saved.mean, saved.rstd, *buffers, inferred])
+    for of_view, of_copy in zip(*found, strict=True):
+        oracle.assert_same_bits(of_view, of_copy)
+
+
+@pytest.mark.parametrize("case", TRAVERSALS, ids=lambda case: case.reason)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_one_call_and_two_phases(case, dtype, rng):
+    """The one-call form is the two-phase form."""
+    x, dy = case.x(rng, dtype), case.dy(rng, dtype)
+    weight, bias = case.parameters(rng, dtype)
+    running = [case.running(rng)] * 2
+    running = [[array.copy() for array in pair] for pair in running]
+    y, saved = nbnorm.batch_norm_forward(x, weight, bias, *running[0], momentum=0.3, ddof=0)
+    once = [y, *nbnorm.batch_norm_backward(dy, saved), saved.mean, saved.rstd, *running[0]]
+
+    moments = nbnorm.batch_moments(x)
+    y, saved = nbnorm.batch_norm_apply(x, moments, weight, bias)
+    sums = nbnorm.batch_norm_grad_sums(dy, saved)
+    nbnorm.update_running_stats(*running[1], moments, momentum=0.3, ddof=0)
+    dx = nbnorm.batch_norm_input_grad(dy, saved, sums)
+    gradients = [dx, sums.sum_dz_x_hat.astype(dtype), sums.sum_dz.astype(dtype)]
+    twice = [y, *gradients, saved.mean, saved.rstd, *running[1]]
+    for one, two in zip(once, twice, strict=True):
+        oracle.assert_same_bits(two, one)

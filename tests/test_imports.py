@@ -1,0 +1,112 @@
+"""What importing nbnorm loads, and who imports whom inside it."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nbnorm
+
+PACKAGE = Path(nbnorm.__file__).parent
+# From the calls of the user down to the formulas; a module imports from its own level and below. The packages
+# _cpu and _cuda stand for everything in them and do not know each other.
+LEVELS = [
+    {"__init__"},
+    {"__main__"},
+    {"tools", "torch", "conventions"},
+    {"layers"},
+    {"functional", "phases"},
+    {"_batch"},
+    {"running", "saved", "_layout"},
+    {"moments"},
+    {"_checks"},
+    {"_dispatch"},
+    {"_cpu", "_cuda"},
+    {"_view", "_math"},
+]
+LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
+
+
+def test_import_loads_no_device_and_no_framework():
+    """A fresh interpreter that imports nbnorm and touches every public name."""
+    code = (
+        "import sys, nbnorm; [getattr(nbnorm, name) for name in dir(nbnorm)];"
+        "print(*[m for m in ('cupy', 'torch', 'numba.cuda', 'mpi4py') if m in sys.modules])"
+    )
+    environment = {"PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+def part_of(path):
+    """Return the level name of a file: its module, or the package it is in."""
+    inside = path.relative_to(PACKAGE).parts
+    return inside[0] if len(inside) > 1 else path.stem
+
+
+def imported(path):
+    """Return the absolute names a file imports, nested imports included."""
+    names, package = set(), ["nbnorm", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {f"{stem}.{alias.name}" for alias in node.names}
+    return names
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+on_files = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+
+
+def internal(path):
+    """Return the level names of the parts of nbnorm that a file imports."""
+    found = {name.split(".")[1] for name in imported(path) if name.startswith("nbnorm.")}
+    return {name if name in LEVEL else "__init__" for name in found}
+
+
+@on_files
+def test_imports_go_one_way(path):
+    """Nothing imports from above itself, and the two backends do not meet."""
+    part = part_of(path)
+    assert part in LEVEL, f"{part} has no place in LEVELS"
+    upwards = {name for name in internal(path) if LEVEL[name] < LEVEL[part]}
+    assert not upwards, f"{part} imports {upwards} from above"
+    assert not {"_cpu", "_cuda"} <= {part, *internal(path)} or part == "_dispatch"
+
+
+@on_files
+def test_outside_packages(path):
+    """Only _cuda knows CuPy and numba.cuda, only the PyTorch client torch, the planner integers alone."""
+    part, names = part_of(path), imported(path)
+    roots = {name.split(".")[0] for name in names}
+    if part != "_cuda":
+        assert "cupy" not in roots
+        assert not {name for name in names if name.startswith("numba.cuda")}
+    if part != "torch":
+        assert "torch" not in roots
+    if part == "_view":
+        assert not {"numpy", "numba"} & roots
+    if part in {"_checks", "moments", "layers"}:
+        assert "numba" not in roots
+
+
+def test_the_reader_of_imports_reads():
+    """The files looked at are those of the package, and the imports found are those that are there."""
+    assert {part_of(path) for path in FILES} >= {"__init__", "functional", "layers", "_view", "_math", "_cpu"}
+    assert "functional" in internal(PACKAGE / "layers.py")
+    assert {"_batch", "_checks"} <= internal(PACKAGE / "functional.py")
+    assert "_math" in internal(PACKAGE / "_cpu" / "planes.py")
+    assert "numpy" in {name.split(".")[0] for name in imported(PACKAGE / "functional.py")}
