@@ -88,7 +88,7 @@ def forward_training(
         mean, m2, rstd = be.forward(view, call.x, work, call.weight, call.bias, call.eps)
         y = _layout.deliver(work, call.out)
     warn_of_zero_over_zero(call, m2)
-    saved = _saved(call, mean, rstd, float(view.values), m2)
+    saved = _saved(call, mean, rstd, view.values, m2)
     if pair is None or not view.size:
         return y, saved, None
     return y, saved, running.update(pair, mean, running.batch_var(view.values, m2, rule.ddof), rule)
@@ -120,7 +120,7 @@ def forward_by_constants(call: Call, mean: Array, var: Array) -> tuple[Array, Sa
     mean = mean.astype(np.float64)
     rstd = backend(call.x).rstd(var.astype(np.float64), 1.0, call.eps)
     y = normalize(call, mean, rstd)
-    return y, _saved(call, mean, rstd, float(call.view.values), None)
+    return y, _saved(call, mean, rstd, call.view.values, None)
 
 
 def forward_eval(call: Call, running_mean: Any, running_var: Any) -> tuple[Array, Saved]:
@@ -141,7 +141,7 @@ def forward_by_moments(call: Call, m: Moments, constant: bool) -> tuple[Array, S
 
 def normalize(call: Call, mean: Array, rstd: Array) -> Array:
     """Write the result of a call for given statistics."""
-    work = _layout.workspace(call.out, call.x)
+    work = _layout.workspace(call.out, call.x, call.x)
     backend(call.x).apply(call.view, call.x, work, mean, rstd, call.weight, call.bias)
     return _layout.deliver(work, call.out)
 
@@ -154,6 +154,7 @@ def warn_of_zero_over_zero(call: Call, m2: Array) -> None:
 
 def _saved(call: Call, mean: Array, rstd: Array, count: float, m2: Array | None) -> Saved:
     """Gather what backward needs; statistics without m2 are constants."""
+    count = np.float64(count)
     return Saved(
         "batch_norm", call.x, call.weight, call.bias, mean, rstd, count, m2, m2 is None, call.view, None
     )

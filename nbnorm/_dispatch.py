@@ -19,7 +19,7 @@ def backend(x: Any) -> ModuleType:
 
 def is_cuda(x: Any) -> bool:
     """Whether the object exposes memory of a CUDA device."""
-    return hasattr(type(x), "__cuda_array_interface__")
+    return hasattr(x, "__cuda_array_interface__")
 
 
 def type_name(x: Any) -> str:

@@ -29,6 +29,28 @@ def merge(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
 
 
 @formula
+def add(total, rest, term):
+    """Sum and what its rounding has left out so far (Knuth's TwoSum, summed as by Neumaier)."""
+    new = total + term
+    other = new - total
+    return new, rest + ((total - (new - other)) + (term - other))
+
+
+@formula
+def accumulate(n_a, mean_a, m2_a, rest, n_b, mean_b, m2_b):
+    """`merge` into long sums: the last result is what rounding has left out of m2 so far."""
+    n, mean, m2 = merge(n_a, mean_a, 0.0, n_b, mean_b, m2_b)
+    m2, rest = add(m2_a, rest, m2)
+    return n, mean, m2, rest
+
+
+@formula
+def settled(total, rest):
+    """Sum with its rest; the rest of a sum that is not finite means nothing."""
+    return total + rest if np.isfinite(rest) else total
+
+
+@formula
 def reciprocal_std(m2, n, eps):
     """1 / sqrt(var + eps) with the biased variance, the one that normalizes; 0 without values."""
     return 0.0 if n == 0.0 else 1.0 / np.sqrt(m2 / n + eps)

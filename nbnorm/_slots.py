@@ -73,6 +73,6 @@ def _forward(
         warnings.warn(f"invalid value encountered in {norm}_forward", RuntimeWarning, stacklevel=4)
     saved = Saved(
         norm, x, weight, bias, mean.reshape(statistics) if centered else None, rstd.reshape(statistics),
-        float(view.values), None, False, view, result_order,
+        np.float64(view.values), None, False, view, result_order,
     )  # fmt: skip
     return y, saved

@@ -20,12 +20,13 @@ from nbnorm._cpu.lanes import (
     chunk_lane_moments,
     constant_grad_row,
     input_grad_row,
+    line_sum,
     merge_rows,
     row,
     slot_moments,
 )
 from nbnorm._cpu.launch import Twins, balanced, helper
-from nbnorm._cpu.tiles import CHUNK, add_rows, parameter, weighted
+from nbnorm._cpu.tiles import CHUNK, add_rows, parameter, settle_rows, weighted
 from nbnorm._math import affine, gradient_terms, reciprocal_std
 from nbnorm._view import View
 
@@ -118,36 +119,39 @@ def locate(g, index):
 
 
 @helper
-def chunk_moments(g, x, index, chunk, sums, wide_sums, lane_mean, lane_m2):
-    """Moments of the lanes of a block over one chunk of whole rows."""
+def chunk_moments(g, x, index, chunk, sums, wide_sums, lane_moments):
+    """Moments of the lanes of a block over one chunk of whole rows: mean, m2, and scratch for the rest of m2."""
     cut, own = unpack(g), locate(g, index)
     start = chunk * cut.chunk
-    i = own.batch * cut.chunks + chunk
+    own_moments = lane_moments[own.batch * cut.chunks + chunk]
     chunk_lane_moments(
         x, own.base + start * cut.lanes + own.lane, cut.lanes, min(cut.chunk, cut.rows - start), sums, wide_sums,
-        row(lane_mean[i], own.lane, own.lanes), row(lane_m2[i], own.lane, own.lanes),
+        row(own_moments[0], own.lane, own.lanes), row(own_moments[1], own.lane, own.lanes),
+        row(own_moments[2], own.lane, own.lanes),
     )  # fmt: skip
 
 
 @helper
-def block_moments(g, x, index, lane_mean, lane_m2, mean, m2):
+def block_moments(g, x, index, lane_moments, mean, m2):
     """Merge chunks and folds of a block, then the spare row, then the lanes of each slot."""
     cut, own = unpack(g), locate(g, index)
     top = own.batch * cut.chunks
-    top_mean, top_m2 = row(lane_mean[top], own.lane, own.width), row(lane_m2[top], own.lane, own.width)
+    top_mean, top_m2 = row(lane_moments[top, 0], own.lane, own.width), row(lane_moments[top, 1], own.lane, own.width)
+    rest = row(lane_moments[top, 2], own.lane, own.width)
+    rest[:] = 0.0
     n = np.float64(min(cut.chunk, cut.rows))
     for part in range(1, cut.chunks * cut.fold):
         chunk, at = part // cut.fold, own.lane + part % cut.fold * own.width
         part_n = np.float64(min(cut.chunk, cut.rows - chunk * cut.chunk))
-        part_mean, part_m2 = (
-            row(lane_mean[top + chunk], at, own.width),
-            row(lane_m2[top + chunk], at, own.width),
-        )
-        merge_rows(top_mean, top_m2, n, part_mean, part_m2, part_n)
+        part_moments = lane_moments[top + chunk]
+        part_mean, part_m2 = row(part_moments[0], at, own.width), row(part_moments[1], at, own.width)
+        merge_rows(top_mean, top_m2, rest, n, part_mean, part_m2, part_n)
         n += part_n
     for at in range(0, cut.spare, own.width):
-        merge_rows(top_mean, top_m2, n, row(x, own.base + cut.rows * cut.lanes + at, own.width), None, 1.0)
+        spare_row = row(x, own.base + cut.rows * cut.lanes + at, own.width)
+        merge_rows(top_mean, top_m2, rest, n, spare_row, None, 1.0)
         n += 1.0
+    settle_rows(top_m2, rest)
     for i in range(own.slots):
         first = i * cut.inner
         slot_mean, slot_m2 = slot_moments(row(top_mean, first, cut.inner), row(top_m2, first, cut.inner), n)
@@ -212,42 +216,37 @@ def apply_chunk(g, x, y, index, chunk, terms):
 
 
 @helper
-def chunk_grad_sums(g, x, dy, index, chunk, terms, sums, lane_dz, lane_dz_x_hat):
-    """Sums of dz and dz * x_hat of the lanes of a block over one chunk of rows."""
+def chunk_grad_sums(g, x, dy, index, chunk, terms, sums, lane_sums):
+    """Sums of dz and dz * x_hat of the lanes of a block over one chunk of rows, each with its rest."""
     cut, own = unpack(g), locate(g, index)
     start, end = chunk * cut.chunk, rows_end(cut, chunk)
     whole = min(end, cut.rows) - start
-    i = own.batch * cut.chunks + chunk
     own_terms = terms[own.batch]
     chunk_lane_grad_sums(
         x, dy, own.base + start * cut.lanes + own.lane, cut.lanes, whole, cut.spare if end > cut.rows else 0,
         row(own_terms[0], own.lane, own.lanes), row(own_terms[1], own.lane, own.lanes), sums,
-        row(lane_dz[i], own.lane, own.lanes), row(lane_dz_x_hat[i], own.lane, own.lanes),
+        lane_sums[own.batch * cut.chunks + chunk, :, own.lane : own.lane + own.lanes],
     )  # fmt: skip
 
 
 @helper
-def block_grad_sums(g, index, mean, rstd, terms, lane_dz, lane_dz_x_hat, sum_dz, sum_dz_x_hat):
-    """Add chunks and folds of a block up, then the lanes of each slot."""
+def block_grad_sums(g, index, mean, rstd, terms, lane_sums, sum_dz, sum_dz_x_hat):
+    """Add chunks and folds of a block up, then the lanes of each run."""
     cut, own = unpack(g), locate(g, index)
-    top = own.batch * cut.chunks
-    top_dz, top_dz_x_hat = (
-        row(lane_dz[top], own.lane, own.width),
-        row(lane_dz_x_hat[top], own.lane, own.width),
-    )
+    top = lane_sums[own.batch * cut.chunks, :, own.lane : own.lane + own.width]
     for part in range(1, cut.chunks * cut.fold):
-        i, at = top + part // cut.fold, own.lane + part % cut.fold * own.width
-        add_rows(top_dz, row(lane_dz[i], at, own.width))
-        add_rows(top_dz_x_hat, row(lane_dz_x_hat[i], at, own.width))
+        at = own.lane + part % cut.fold * own.width
+        part_sums = lane_sums[own.batch * cut.chunks + part // cut.fold]
+        for k in (0, 2):
+            add_rows(top[k], top[k + 1], row(part_sums[k], at, own.width))
+            add_rows(top[k], top[k + 1], row(part_sums[k + 1], at, own.width))
     for i in range(own.slots):
         slot = own.slot + i
         mean_hi = terms[own.batch, 0, own.lane + i * cut.inner]
         for j in range(cut.width):
             first = i * cut.inner + j * cut.run
-            a = b = 0.0
-            for lane in range(first, first + cut.run):
-                a += top_dz[lane]
-                b += top_dz_x_hat[lane]
+            a = line_sum(top[0], top[1], first, first + cut.run)
+            b = line_sum(top[2], top[3], first, first + cut.run)
             sum_dz[slot, j] = a
             sum_dz_x_hat[slot, j] = b - (mean[slot] - mean_hi) * rstd[slot] * a
 
@@ -290,13 +289,12 @@ def moments_kernel(g, x, mean, m2):
     """One chunk of a block per task, then one block per task; reads x once."""
     cut = unpack(g)
     blocks, chunks = cut.batch * cut.blocks, cut.chunks
-    lane_mean, lane_m2 = np.empty((cut.batch * chunks, cut.lanes)), np.empty((cut.batch * chunks, cut.lanes))
-    sums = np.empty((blocks * chunks, 3, cut.block), x.dtype)
-    wide_sums = np.empty((blocks * chunks, 3, cut.block))
+    lane_moments = np.empty((cut.batch * chunks, 3, cut.lanes))
+    sums, wide_sums = np.empty((blocks * chunks, 3, cut.block), x.dtype), np.empty((blocks * chunks, 3, cut.block))
     for task in prange(blocks * chunks):
-        chunk_moments(g, x, task // chunks, task % chunks, sums[task], wide_sums[task], lane_mean, lane_m2)
+        chunk_moments(g, x, task // chunks, task % chunks, sums[task], wide_sums[task], lane_moments)
     for index in prange(blocks):
-        block_moments(g, x, index, lane_mean, lane_m2, mean, m2)
+        block_moments(g, x, index, lane_moments, mean, m2)
 
 
 @Twins
@@ -316,14 +314,13 @@ def forward_kernel(g, x, y, weight, bias, eps, mean, m2, rstd):
     """One block per task: its moments, then its normalization from cache."""
     cut = unpack(g)
     blocks, chunks, n = cut.batch * cut.blocks, cut.chunks, np.float64(cut.outer * cut.inner)
-    lane_mean, lane_m2 = np.empty((cut.batch * chunks, cut.lanes)), np.empty((cut.batch * chunks, cut.lanes))
-    sums = np.empty((blocks, 3, cut.block), x.dtype)
-    wide_sums = np.empty((blocks, 3, cut.block))
+    lane_moments = np.empty((cut.batch * chunks, 3, cut.lanes))
+    sums, wide_sums = np.empty((blocks, 3, cut.block), x.dtype), np.empty((blocks, 3, cut.block))
     terms = np.empty((cut.batch, 3, cut.lanes), x.dtype)
     for index in prange(blocks):
         for chunk in range(chunks):
-            chunk_moments(g, x, index, chunk, sums[index], wide_sums[index], lane_mean, lane_m2)
-        block_moments(g, x, index, lane_mean, lane_m2, mean, m2)
+            chunk_moments(g, x, index, chunk, sums[index], wide_sums[index], lane_moments)
+        block_moments(g, x, index, lane_moments, mean, m2)
         block_rstd(g, index, m2, n, eps, rstd)
         spread_affine(g, index, mean, rstd, weight, bias, terms)
         for chunk in range(chunks):
@@ -335,18 +332,15 @@ def grad_sums_kernel(g, x, dy, mean, rstd, sum_dz, sum_dz_x_hat):
     """One chunk of a block per task, then one block per task; reads x and dy once."""
     cut = unpack(g)
     blocks, chunks = cut.batch * cut.blocks, cut.chunks
-    lane_dz, lane_dz_x_hat = (
-        np.empty((cut.batch * chunks, cut.lanes)),
-        np.empty((cut.batch * chunks, cut.lanes)),
-    )
+    lane_sums = np.empty((cut.batch * chunks, 4, cut.lanes))
     sums = np.empty((blocks * chunks, 2, cut.block), x.dtype)
     terms = np.empty((cut.batch, 3, cut.lanes), x.dtype)
     for index in prange(blocks):
         spread_affine(g, index, mean, rstd, None, None, terms)
     for task in prange(blocks * chunks):
-        chunk_grad_sums(g, x, dy, task // chunks, task % chunks, terms, sums[task], lane_dz, lane_dz_x_hat)
+        chunk_grad_sums(g, x, dy, task // chunks, task % chunks, terms, sums[task], lane_sums)
     for index in prange(blocks):
-        block_grad_sums(g, index, mean, rstd, terms, lane_dz, lane_dz_x_hat, sum_dz, sum_dz_x_hat)
+        block_grad_sums(g, index, mean, rstd, terms, lane_sums, sum_dz, sum_dz_x_hat)
 
 
 @Twins
@@ -366,17 +360,14 @@ def backward_kernel(g, x, dy, dx, mean, rstd, weight, sum_dz, sum_dz_x_hat, n):
     """One block per task: its sums, then its dx from cache."""
     cut = unpack(g)
     blocks, chunks = cut.batch * cut.blocks, cut.chunks
-    lane_dz, lane_dz_x_hat = (
-        np.empty((cut.batch * chunks, cut.lanes)),
-        np.empty((cut.batch * chunks, cut.lanes)),
-    )
+    lane_sums = np.empty((cut.batch * chunks, 4, cut.lanes))
     sums = np.empty((blocks, 2, cut.block), x.dtype)
     terms = np.empty((cut.batch, 5, cut.lanes), x.dtype)
     for index in prange(blocks):
         spread_affine(g, index, mean, rstd, None, None, terms)
         for chunk in range(chunks):
-            chunk_grad_sums(g, x, dy, index, chunk, terms, sums[index], lane_dz, lane_dz_x_hat)
-        block_grad_sums(g, index, mean, rstd, terms, lane_dz, lane_dz_x_hat, sum_dz, sum_dz_x_hat)
+            chunk_grad_sums(g, x, dy, index, chunk, terms, sums[index], lane_sums)
+        block_grad_sums(g, index, mean, rstd, terms, lane_sums, sum_dz, sum_dz_x_hat)
         spread_gradient_terms(g, index, mean, rstd, weight, sum_dz, sum_dz_x_hat, n, False, terms)
         for chunk in range(chunks):
             input_grad_chunk(g, x, dy, dx, index, chunk, terms, False)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from nbnorm._cpu.launch import helper, reduction
-from nbnorm._cpu.tiles import add_rows, corrected, trusted
-from nbnorm._math import input_gradient, merge, normalize
+from nbnorm._cpu.tiles import add_rows, corrected, settle_rows, trusted
+from nbnorm._math import accumulate, add, input_gradient, normalize, settled
 
 # Rows summed in the array's own type before float64 takes over.
 TILE_ROWS = 128
@@ -22,11 +22,13 @@ def row(x, first, n):
 
 
 @helper
-def guess(shift, a, b, c, d):
-    """Mean of four rows, lane by lane; equal to them where they are equal."""
-    quarter = shift.dtype.type(0.25)
+def guess(shift, a, b, c, d, e, f, g, h):
+    """Mean of eight rows, lane by lane; exact where they are equal."""
+    eighth = shift.dtype.type(0.125)
     for i in range(shift.shape[0]):
-        shift[i] = a[i] + ((b[i] - a[i]) + (c[i] - a[i]) + (d[i] - a[i])) * quarter
+        s = a[i]
+        rest = ((b[i] - s) + (c[i] - s)) + ((d[i] - s) + (e[i] - s)) + ((f[i] - s) + (g[i] - s)) + (h[i] - s)
+        shift[i] = s + rest * eighth
 
 
 @helper
@@ -55,14 +57,13 @@ def push_eight(total, squares, shift, a, b, c, d, e, f, g, h):
 def shifted_lane_sums(x, first, stride, rows, total, squares, shift):
     """Choose a shift for each lane and sum a tile about it, in the type of x."""
     n = total.shape[0]
-    step = min(rows // 4, 1) * stride
     guess(
         shift,
-        row(x, first, n),
-        row(x, first + step, n),
-        row(x, first + 2 * step, n),
-        row(x, first + 3 * step, n),
-    )
+        row(x, first, n), row(x, first + rows // 8 * stride, n),
+        row(x, first + rows * 2 // 8 * stride, n), row(x, first + rows * 3 // 8 * stride, n),
+        row(x, first + rows * 4 // 8 * stride, n), row(x, first + rows * 5 // 8 * stride, n),
+        row(x, first + rows * 6 // 8 * stride, n), row(x, first + rows * 7 // 8 * stride, n),
+    )  # fmt: skip
     total[:] = 0
     squares[:] = 0
     end = first + rows * stride
@@ -121,7 +122,7 @@ def careful_lane_sums(x, first, stride, rows, total, squares, mean):
 
 
 @helper
-def merge_tile(mean, m2, n, total, squares, shift, tile_n, wide_total, wide_squares, wide_mean):
+def merge_tile(mean, m2, rest, n, total, squares, shift, tile_n, wide_total, wide_squares, wide_mean):
     """Merge a tile into the lanes' moments; the wide sums stand in for the lanes that lost digits."""
     for i in range(mean.shape[0]):
         s = np.float64(total[i])
@@ -130,15 +131,17 @@ def merge_tile(mean, m2, n, total, squares, shift, tile_n, wide_total, wide_squa
         tile_m2 = q - s * (s / tile_n)
         if not trusted(q, tile_m2, total.itemsize < 8):
             tile_mean, tile_m2 = corrected(wide_mean[i], wide_total[i], wide_squares[i], tile_n)
-        _, mean[i], m2[i] = merge(n, mean[i], m2[i], tile_n, tile_mean, tile_m2)
+        _, mean[i], m2[i], rest[i] = accumulate(n, mean[i], m2[i], rest[i], tile_n, tile_mean, tile_m2)
 
 
 @helper
-def chunk_lane_moments(x, first, stride, rows, sums, wide_sums, mean, m2):
+def chunk_lane_moments(x, first, stride, rows, sums, wide_sums, mean, m2, rest):
     """Mean and m2 of each lane of a block over the rows of a chunk: its tiles merged in order."""
     lanes = mean.shape[0]
     total, squares, shift = sums[0, :lanes], sums[1, :lanes], sums[2, :lanes]
     wide_total, wide_squares, wide_mean = wide_sums[0, :lanes], wide_sums[1, :lanes], wide_sums[2, :lanes]
+    m2[:] = 0.0
+    rest[:] = 0.0
     for r in range(0, rows, TILE_ROWS):
         start = first + r * stride
         tile_rows = min(TILE_ROWS, rows - r)
@@ -147,16 +150,19 @@ def chunk_lane_moments(x, first, stride, rows, sums, wide_sums, mean, m2):
         if any_untrusted(total, squares, tile_n):
             careful_lane_sums(x, start, stride, tile_rows, wide_total, wide_squares, wide_mean)
         merge_tile(
-            mean, m2, np.float64(r), total, squares, shift, tile_n, wide_total, wide_squares, wide_mean
+            mean, m2, rest, np.float64(r), total, squares, shift, tile_n, wide_total, wide_squares, wide_mean
         )
+    settle_rows(m2, rest)
 
 
 @helper
-def merge_rows(mean, m2, n, other_mean, other_m2, other_n):
+def merge_rows(mean, m2, rest, n, other_mean, other_m2, other_n):
     """Merge moments lane by lane; single values have no m2."""
     for i in range(mean.shape[0]):
         single_m2 = 0.0 if other_m2 is None else other_m2[i]
-        _, mean[i], m2[i] = merge(n, mean[i], m2[i], other_n, np.float64(other_mean[i]), single_m2)
+        _, mean[i], m2[i], rest[i] = accumulate(
+            n, mean[i], m2[i], rest[i], other_n, np.float64(other_mean[i]), single_m2
+        )
 
 
 @reduction
@@ -208,12 +214,14 @@ def push_four_grads(sum_dz, sum_dz_x_hat, mean_hi, rstd, xa, xb, xc, xd, a, b, c
 
 
 @helper
-def chunk_lane_grad_sums(x, dy, first, stride, rows, spare, mean_hi, rstd, sums, sum_dz, sum_dz_x_hat):
-    """Sums of dz and dz * x_hat of each lane of a block over whole rows and one spare row of fewer lanes."""
+def chunk_lane_grad_sums(x, dy, first, stride, rows, spare, mean_hi, rstd, sums, lane_sums):
+    """Sums of dz and dz * x_hat of each lane of a block over whole rows and one spare row of fewer lanes.
+
+    ``lane_sums`` takes both totals, each followed by what rounding leaves out of it.
+    """
     n = mean_hi.shape[0]
     narrow_dz, narrow_dz_x_hat = row(sums[0], 0, n), row(sums[1], 0, n)
-    sum_dz[:] = 0.0
-    sum_dz_x_hat[:] = 0.0
+    lane_sums[:, :] = 0.0
     last = first + rows * stride
     for start in range(first, last, TILE_ROWS * stride):
         narrow_dz[:] = 0
@@ -229,9 +237,20 @@ def chunk_lane_grad_sums(x, dy, first, stride, rows, spare, mean_hi, rstd, sums,
         while i < end:
             push_grads(narrow_dz, narrow_dz_x_hat, mean_hi, rstd, row(x, i, n), row(dy, i, n))
             i += stride
-        add_rows(sum_dz, narrow_dz)
-        add_rows(sum_dz_x_hat, narrow_dz_x_hat)
-    push_grads(sum_dz, sum_dz_x_hat, mean_hi, rstd, row(x, last, spare), row(dy, last, spare))
+        if end == last:
+            push_grads(narrow_dz, narrow_dz_x_hat, mean_hi, rstd, row(x, last, spare), row(dy, last, spare))
+        add_rows(lane_sums[0], lane_sums[1], narrow_dz)
+        add_rows(lane_sums[2], lane_sums[3], narrow_dz_x_hat)
+
+
+@helper
+def line_sum(values, rests, first, end):
+    """Sum of neighbouring lanes and of their rests."""
+    total = rest = 0.0
+    for i in range(first, end):
+        total, rest = add(total, rest, values[i])
+        rest += rests[i]
+    return settled(total, rest)
 
 
 @helper

@@ -14,8 +14,17 @@ import numpy as np
 from numba import prange
 
 from nbnorm._cpu.launch import Twins, balanced, helper, reduction
-from nbnorm._cpu.tiles import CHUNK, PIECE, TILE, add_rows, parameter, tile_moments, weighted
-from nbnorm._math import affine, gradient_terms, input_gradient, merge, normalize, reciprocal_std
+from nbnorm._cpu.tiles import CHUNK, TILE, add_rows, parameter, piece, tile_moments, weighted
+from nbnorm._math import (
+    accumulate,
+    add,
+    affine,
+    gradient_terms,
+    input_gradient,
+    normalize,
+    reciprocal_std,
+    settled,
+)
 from nbnorm._view import View
 
 
@@ -67,13 +76,13 @@ def chunk_moments(g, x, slot, chunk):
     cut = unpack(g)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     tile_rows, tile_cols = max(1, min(rows, TILE // cols)), min(cols, TILE)
-    n = mean = m2 = 0.0
+    n = mean = m2 = rest = 0.0
     for tile in range(-(-rows // tile_rows) * -(-cols // tile_cols)):
         r, height, c, width = block(tile, rows, cols, tile_rows, tile_cols)
         first = ((r0 + r) * cut.group + slot) * cut.inner + c0 + c
         tile_mean, tile_m2 = tile_moments(x, first, cut.group * cut.inner, height, width)
-        n, mean, m2 = merge(n, mean, m2, np.float64(height * width), tile_mean, tile_m2)
-    return n, mean, m2
+        n, mean, m2, rest = accumulate(n, mean, m2, rest, np.float64(height * width), tile_mean, tile_m2)
+    return n, mean, settled(m2, rest)
 
 
 @helper
@@ -116,24 +125,34 @@ def piece_grad_sums(x, dy, mean_hi, rstd):
 
 
 @helper
-def chunk_grad_sums(g, x, dy, slot, chunk, mean, rstd, sum_dz, sum_dz_x_hat):
-    """Add the sums of dz and of dz * x_hat over one chunk of a slot to those of its runs."""
+def chunk_grad_sums(g, x, dy, slot, chunk, mean, rstd, sums):
+    """Add the sums of dz and of dz * x_hat over one chunk of a slot to those of its runs: total, rest, of each."""
     cut = unpack(g)
     mean_hi, scale, _ = affine(mean, rstd, 1.0, 0.0, x)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
     for j in range(first_run, end_run):
         start, end = max(c0, j * cut.run), min(c0 + cols, (j + 1) * cut.run)
-        a = b = 0.0
+        a = a_rest = b = b_rest = 0.0
         for r in range(r0, r0 + rows):
             base = (r * cut.group + slot) * cut.inner
-            for i in range(base + start, base + end, PIECE):
-                stop = min(i + PIECE, base + end)
+            for i in range(base + start, base + end, piece(x)):
+                stop = min(i + piece(x), base + end)
                 piece_a, piece_b = piece_grad_sums(x[i:stop], dy[i:stop], mean_hi, scale)
-                a += piece_a
-                b += piece_b
-        sum_dz[j] += a
-        sum_dz_x_hat[j] += b - (mean - mean_hi) * rstd * a
+                a, a_rest = add(a, a_rest, piece_a)
+                b, b_rest = add(b, b_rest, piece_b)
+        a = settled(a, a_rest)
+        b = settled(b, b_rest) - (mean - mean_hi) * rstd * a
+        sums[0, j], sums[1, j] = add(sums[0, j], sums[1, j], a)
+        sums[2, j], sums[3, j] = add(sums[2, j], sums[3, j], b)
+
+
+@helper
+def settle(sums, sum_dz, sum_dz_x_hat):
+    """Write a slot's sums out with what rounding has left out of them."""
+    for j in range(sum_dz.shape[0]):
+        sum_dz[j] = settled(sums[0, j], sums[1, j])
+        sum_dz_x_hat[j] = settled(sums[2, j], sums[3, j])
 
 
 @helper
@@ -181,10 +200,12 @@ def moments_kernel(g, x, mean, m2):
     for task in prange(group * chunks):
         part[task, 0], part[task, 1], part[task, 2] = chunk_moments(g, x, task // chunks, task % chunks)
     for slot in range(group):
-        n = slot_mean = slot_m2 = 0.0
+        n = slot_mean = slot_m2 = rest = 0.0
         for i in range(slot * chunks, (slot + 1) * chunks):
-            n, slot_mean, slot_m2 = merge(n, slot_mean, slot_m2, part[i, 0], part[i, 1], part[i, 2])
-        mean[slot], m2[slot] = slot_mean, slot_m2
+            n, slot_mean, slot_m2, rest = accumulate(
+                n, slot_mean, slot_m2, rest, part[i, 0], part[i, 1], part[i, 2]
+            )
+        mean[slot], m2[slot] = slot_mean, settled(slot_m2, rest)
 
 
 @Twins
@@ -203,10 +224,13 @@ def forward_kernel(g, x, y, weight, bias, eps, mean, m2, rstd):
     cut = unpack(g)
     group, chunks = cut.group, cut.chunks
     for slot in prange(group):
-        n = slot_mean = slot_m2 = 0.0
+        n = slot_mean = slot_m2 = rest = 0.0
         for chunk in range(chunks):
             part_n, part_mean, part_m2 = chunk_moments(g, x, slot, chunk)
-            n, slot_mean, slot_m2 = merge(n, slot_mean, slot_m2, part_n, part_mean, part_m2)
+            n, slot_mean, slot_m2, rest = accumulate(
+                n, slot_mean, slot_m2, rest, part_n, part_mean, part_m2
+            )
+        slot_m2 = settled(slot_m2, rest)
         slot_rstd = reciprocal_std(slot_m2, n, eps)
         mean[slot], m2[slot], rstd[slot] = slot_mean, slot_m2, slot_rstd
         for chunk in range(chunks):
@@ -218,14 +242,16 @@ def grad_sums_kernel(g, x, dy, mean, rstd, sum_dz, sum_dz_x_hat):
     """One chunk per task, then the chunks of each slot in order; reads x and dy once."""
     cut = unpack(g)
     group, chunks = cut.group, cut.chunks
-    part_dz, part_dz_x_hat = np.zeros((group * chunks, cut.width)), np.zeros((group * chunks, cut.width))
+    part = np.zeros((group * chunks, 4, cut.width))
     for task in prange(group * chunks):
         k = task // chunks
-        chunk_grad_sums(g, x, dy, k, task % chunks, mean[k], rstd[k], part_dz[task], part_dz_x_hat[task])
+        chunk_grad_sums(g, x, dy, k, task % chunks, mean[k], rstd[k], part[task])
     for slot in range(group):
-        for task in range(slot * chunks, (slot + 1) * chunks):
-            add_rows(sum_dz[slot], part_dz[task])
-            add_rows(sum_dz_x_hat[slot], part_dz_x_hat[task])
+        first = slot * chunks
+        for task in range(first + 1, first + chunks):
+            add_rows(part[first, 0], part[first, 1], part[task, 0])
+            add_rows(part[first, 2], part[first, 3], part[task, 2])
+        settle(part[first], sum_dz[slot], sum_dz_x_hat[slot])
 
 
 @Twins
@@ -245,9 +271,11 @@ def backward_kernel(g, x, dy, dx, mean, rstd, weight, sum_dz, sum_dz_x_hat, n):
     """One slot per task: its sums, then its dx from cache."""
     cut = unpack(g)
     chunks = cut.chunks
+    sums = np.zeros((cut.group, 4, cut.width))
     for k in prange(cut.group):
         for chunk in range(chunks):
-            chunk_grad_sums(g, x, dy, k, chunk, mean[k], rstd[k], sum_dz[k], sum_dz_x_hat[k])
+            chunk_grad_sums(g, x, dy, k, chunk, mean[k], rstd[k], sums[k])
+        settle(sums[k], sum_dz[k], sum_dz_x_hat[k])
         for chunk in range(chunks):
             input_grad_chunk(
                 g, x, dy, dx, k, chunk, mean[k], rstd[k], weight, sum_dz[k], sum_dz_x_hat[k], n, False

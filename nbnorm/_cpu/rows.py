@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import prange
 
-from nbnorm._cpu.launch import Twins, balanced, flat, helper, line, reduction, threads_for
-from nbnorm._cpu.tiles import CHUNK, PIECE, add_rows, line_moments
+from nbnorm._cpu.launch import Twins, balanced, flat, helper, kernel, line, reduction, threads_for
+from nbnorm._cpu.tiles import CHUNK, add_rows, line_moments, piece, settle_rows
 from nbnorm._math import affine, gradient_terms, input_gradient, merge, normalize, reciprocal_std
 from nbnorm._view import View
 
@@ -125,8 +125,8 @@ def chunk_grad_sums(g, x, dy, r, chunk, mean, rstd, weight):
     first, end, p = span(g, r, chunk)
     mean_hi, scale, _ = affine(mean, rstd, 1.0, 0.0, x)
     sum_g = sum_g_x_hat = 0.0
-    for i in range(first, end, PIECE):
-        stop = min(i + PIECE, end)
+    for i in range(first, end, piece(x)):
+        stop = min(i + piece(x), end)
         a, b = piece_grad_sums(
             x[i:stop], dy[i:stop], part(weight, p + i - first, p + stop - first), mean_hi, scale
         )
@@ -180,7 +180,7 @@ def flush(g, chunk, narrow, wide):
         first = k * cut.inner + chunk * cut.chunk
         end = k * cut.inner + min((chunk + 1) * cut.chunk, cut.inner)
         for i in range(2):
-            add_rows(wide[i, first:end], narrow[i, first:end])
+            add_rows(wide[2 * i, first:end], wide[2 * i + 1, first:end], narrow[i, first:end])
             narrow[i, first:end] = 0
 
 
@@ -295,6 +295,16 @@ def backward_band(g, x, dy, dx, band, mean, rstd, weight, narrow, wide):
             finish_row(g, r, start, end, chunk, own, own_wide)
 
 
+@kernel
+def add_bands_kernel(wide):
+    """Add the parameters' sums of all bands to those of the first, in order."""
+    for i in (0, 2):
+        for band in range(1, wide.shape[0]):
+            add_rows(wide[0, i], wide[0, i + 1], wide[band, i])
+            add_rows(wide[0, i], wide[0, i + 1], wide[band, i + 1])
+        settle_rows(wide[0, i], wide[0, i + 1])
+
+
 @Twins
 def input_grad_kernel(g, x, dy, dx, mean, rstd, weight, sum_g, sum_g_x_hat, narrow, wide):
     """One chunk of the columns of a band per task; reads x and dy and writes dx once."""
@@ -325,7 +335,7 @@ def backward(
     arrays = (flat(x), flat(dy), None if dx is None else flat(dx), mean, rstd, line(weight))
     bands = Cut(*g).bands
     narrow = np.zeros((bands, 2, parameters), x.dtype) if with_parameters else None
-    wide = np.zeros((bands, 2, parameters)) if with_parameters else None
+    wide = np.zeros((bands, 4, parameters)) if with_parameters else None
     if dx is not None and fused(view, threads):
         backward_kernel(threads, g, *arrays, narrow, wide)
     else:
@@ -336,5 +346,5 @@ def backward(
         input_grad_kernel(threads, g, *arrays, *slot_sums, narrow, wide)
     if wide is None:
         return np.zeros(0), np.zeros(0)
-    total = wide.sum(axis=0)
-    return total[0], total[1]
+    add_bands_kernel(wide)
+    return wide[0, 0], wide[0, 2]

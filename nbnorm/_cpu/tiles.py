@@ -11,11 +11,12 @@ from math import isnan
 import numpy as np
 
 from nbnorm._cpu.launch import helper, reduction
-from nbnorm._math import merge
+from nbnorm._math import accumulate, add, settled
 
 # Values summed in the array's own type before float64 takes over: with 32 or more SIMD accumulators no chain
 # is longer than 32 additions, which keeps a float32 sum within about one part in ten million.
 PIECE = 1024
+WIDE_PIECE = 256  # of float64, whose accumulators are fewer and whose promise is tighter
 # Values that share a shift and one Chan merge (16 KB of float32, half a first-level cache).
 TILE = 4096
 # Values that one task reads where a slot is split among threads.
@@ -23,8 +24,9 @@ CHUNK = 65536
 # Squares below this sum may have lost bits to float32's underflow. float64 is taken at its word: what
 # underflows there is smaller than 1e-150.
 TINY_SQUARES = 1e-25
-# A sum of squares about the shift this much larger than m2 has cancelled too many bits.
-CANCELLATION = 16.0
+# A sum of squares about the shift this much larger than m2 has cancelled too many bits. Shifts are means of
+# eight values, so that ordinary data comes near this limit once in a million tiles.
+CANCELLATION = 4.0
 
 
 @helper
@@ -34,14 +36,19 @@ def trusted(squares, m2, single):
 
 
 @helper
+def piece(x):
+    """Size of the pieces of an array."""
+    return PIECE if x.itemsize < 8 else WIDE_PIECE
+
+
+@helper
 def nearby(x):
-    """Return a value close to the mean of the first few: the shift. It equals them exactly where they are equal."""
-    n = min(x.shape[0], 8)
+    """Return the mean of eight values spread over x, a good shift; it is exact where they are equal."""
     first = x[0]
     rest = x.dtype.type(0)
-    for i in range(1, n):
-        rest += x[i] - first
-    return first + rest / x.dtype.type(n)
+    for i in range(1, 8):
+        rest += x[i * x.shape[0] // 8] - first
+    return first + rest * x.dtype.type(0.125)
 
 
 @reduction
@@ -94,8 +101,8 @@ def tile_moments(x, first, stride, rows, n):
     for r in range(rows):
         start = first + r * stride
         segment = x[start : start + n]
-        for i in range(0, n, PIECE):
-            a, b = shifted_sums(segment[i : min(i + PIECE, n)], shift)
+        for i in range(0, n, piece(x)):
+            a, b = shifted_sums(segment[i : min(i + piece(x), n)], shift)
             total += a
             squares += b
     count = np.float64(rows * n)
@@ -108,24 +115,24 @@ def tile_moments(x, first, stride, rows, n):
 @helper
 def line_moments(x, centered):
     """Count, mean and m2 of neighbours: their tiles merged in order; about zero if not centered."""
-    n = mean = m2 = 0.0
+    n = mean = m2 = rest = 0.0
     for i in range(0, x.shape[0], TILE):
         tile_n = min(TILE, x.shape[0] - i)
+        tile_mean, tile_m2 = 0.0, 0.0
         if centered:
             tile_mean, tile_m2 = tile_moments(x, i, 0, 1, tile_n)
-            n, mean, m2 = merge(n, mean, m2, np.float64(tile_n), tile_mean, tile_m2)
         else:
-            n += tile_n
-            m2 += tile_squares(x[i : i + tile_n])
-    return n, mean, m2
+            tile_m2 = tile_squares(x[i : i + tile_n])
+        n, mean, m2, rest = accumulate(n, mean, m2, rest, np.float64(tile_n), tile_mean, tile_m2)
+    return n, mean, settled(m2, rest)
 
 
 @helper
 def tile_squares(x):
     """Sum of squares of a tile."""
     total = 0.0
-    for i in range(0, x.shape[0], PIECE):
-        total += shifted_sums(x[i : min(i + PIECE, x.shape[0])], x.dtype.type(0))[1]
+    for i in range(0, x.shape[0], piece(x)):
+        total += shifted_sums(x[i : min(i + piece(x), x.shape[0])], x.dtype.type(0))[1]
     if trusted(total, total, x.itemsize < 8):
         return total
     return central_sums(x, 0.0)[1]
@@ -140,14 +147,14 @@ def careful_tile_moments(x, first, stride, rows, n):
         total += plain_sum(x[start : start + n])
     count = np.float64(rows * n)
     mean = total / count
-    total = 0.0
-    squares = 0.0
+    total = squares = rest = 0.0
     for r in range(rows):
         start = first + r * stride
-        a, b = central_sums(x[start : start + n], mean)
-        total += a
-        squares += b
-    return corrected(mean, total, squares, count)
+        for i in range(start, start + n, WIDE_PIECE):
+            a, b = central_sums(x[i : min(i + WIDE_PIECE, start + n)], mean)
+            total += a
+            squares, rest = add(squares, rest, b)
+    return corrected(mean, total, settled(squares, rest), count)
 
 
 @helper
@@ -157,10 +164,17 @@ def parameter(values, i, default):
 
 
 @helper
-def add_rows(total, a):
-    """Add one row of sums to another."""
+def add_rows(total, rest, a):
+    """Add one row of sums to another, and what rounding leaves out to a third."""
     for i in range(total.shape[0]):
-        total[i] += a[i]
+        total[i], rest[i] = add(total[i], rest[i], np.float64(a[i]))
+
+
+@helper
+def settle_rows(total, rest):
+    """Put back what rounding has left out."""
+    for i in range(total.shape[0]):
+        total[i] = settled(total[i], rest[i])
 
 
 @helper
