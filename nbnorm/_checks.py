@@ -147,7 +147,9 @@ def trailing_axes(norm: str, value: Any, ndim: int) -> int:
         raise ValueError(f"repeated axis in axis={value!r}")
     split = ndim - len(axes)
     if not axes or sorted(axes) != list(range(split, ndim)):
-        raise ValueError(f"axis must be the last axis or a tuple of trailing axes, got {value!r} for {ndim} dimensions")
+        raise ValueError(
+            f"axis must be the last axis or a tuple of trailing axes, got {value!r} for {ndim} dimensions"
+        )
     return split
 
 

@@ -72,7 +72,9 @@ def layer_norm_backward(
 ) -> tuple[Array | None, Array | None, Array | None]:
     r"""Gradients of `layer_norm_forward` by x, weight and bias.
 
-    .. math:: dx = rstd \cdot \left(g - \overline{g} - \hat x \cdot \overline{g \hat x}\right), \quad g = dy \cdot weight
+    .. math::
+        dx = rstd \cdot \left(g - \overline{g} - \hat x \cdot \overline{g \hat x}\right),
+        \quad g = dy \cdot weight
 
     with means over each sample; dweight and dbias are sums of dy * x_hat and dy over the samples.
 
@@ -268,7 +270,9 @@ def group_norm_backward(
 ) -> tuple[Array | None, Array | None, Array | None]:
     r"""Gradients of `group_norm_forward` by x, weight and bias.
 
-    .. math:: dx = rstd \cdot \left(g - \overline{g} - \hat x \cdot \overline{g \hat x}\right), \quad g = dy \cdot weight
+    .. math::
+        dx = rstd \cdot \left(g - \overline{g} - \hat x \cdot \overline{g \hat x}\right),
+        \quad g = dy \cdot weight
 
     with means over each group of a sample; dweight and dbias are sums of dy * x_hat and dy over each channel.
 
@@ -367,7 +371,9 @@ def instance_norm_backward(
 ) -> tuple[Array | None, Array | None, Array | None]:
     r"""Gradients of `instance_norm_forward` by x, weight and bias.
 
-    .. math:: dx = rstd \cdot \left(g - \overline{g} - \hat x \cdot \overline{g \hat x}\right), \quad g = dy \cdot weight
+    .. math::
+        dx = rstd \cdot \left(g - \overline{g} - \hat x \cdot \overline{g \hat x}\right),
+        \quad g = dy \cdot weight
 
     with means over each channel of a sample; dweight and dbias are sums of dy * x_hat and dy over each channel.
 

@@ -175,7 +175,7 @@ def batch_norm_input_grad(dy: Any, saved: Saved, sums: GradSums, *, out: Array |
     """
     _gradients.check_saved("batch_norm", saved)
     _checks.instance("sums", sums, GradSums)
-    _checks.shape("sums.sum_dz", sums.sum_dz, saved.mean.shape)
+    _checks.shape("sums.sum_dz", sums.sum_dz, saved.rstd.shape)
     dy = _gradients.gradient(dy, saved)
     if out is not None:
         _checks.out("out", out, saved.x.shape, saved.x.dtype)

@@ -22,7 +22,7 @@ shapes = st.lists(st.integers(1, 5), min_size=2, max_size=5).map(tuple)
 
 def slots_and_parameters(view: View) -> tuple[np.ndarray, np.ndarray]:
     """Slot and parameter of every element in memory order, by the rule that the module states."""
-    b, o, g, i = np.indices((view.batch, view.outer, view.group, view.inner)).reshape(4, -1)
+    b, _, g, i = np.indices((view.batch, view.outer, view.group, view.inner)).reshape(4, -1)
     slot = b * view.group + g
     return slot, (slot % view.period) * view.width + i // view.run
 

@@ -27,8 +27,8 @@ Sums = tuple[Array, Array]
 def moments(view: View, x: Array, centered: bool = True) -> tuple[Array | None, Array]:
     """Mean and m2 (the sum of squared deviations) of every slot; not centered, None and the sum of squares."""
     walk = _TRAVERSALS[view.traversal]
-    mean, m2 = np.zeros((2, view.slots))
-    mean = mean if centered else None
+    m2 = np.zeros(view.slots)
+    mean = np.zeros(view.slots) if centered else None
     if view.size:
         walk.moments_kernel(threads_for(view.size), walk.geometry(view), flat(x), mean, m2)
     return mean, m2
@@ -52,7 +52,13 @@ def apply(
 
 
 def forward(
-    view: View, x: Array, y: Array, weight: Array | None, bias: Array | None, eps: float, centered: bool = True
+    view: View,
+    x: Array,
+    y: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    centered: bool = True,
 ) -> tuple[Array | None, Array, Array]:
     """Normalize x with its own statistics into y; return mean (None if not centered), m2 and rstd."""
     threads = threads_for(view.size)
@@ -62,8 +68,8 @@ def forward(
         slot_rstd = rstd(m2, view.values, eps)
         apply(view, x, y, mean, slot_rstd, weight, bias)
         return mean, m2, slot_rstd
-    mean, m2, slot_rstd = np.empty((3, view.slots))
-    mean = mean if centered else None
+    m2, slot_rstd = np.empty((2, view.slots))
+    mean = np.empty(view.slots) if centered else None
     g = walk.geometry(view)
     walk.forward_kernel(threads, g, flat(x), flat(y), line(weight), line(bias), eps, mean, m2, slot_rstd)
     return mean, m2, slot_rstd

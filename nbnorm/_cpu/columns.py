@@ -136,7 +136,10 @@ def block_moments(g, x, index, lane_moments, mean, m2):
     """Merge chunks and folds of a block, then the spare row, then the lanes of each slot."""
     cut, own = unpack(g), locate(g, index)
     top = own.batch * cut.chunks
-    top_mean, top_m2 = row(lane_moments[top, 0], own.lane, own.width), row(lane_moments[top, 1], own.lane, own.width)
+    top_mean, top_m2 = (
+        row(lane_moments[top, 0], own.lane, own.width),
+        row(lane_moments[top, 1], own.lane, own.width),
+    )
     rest = row(lane_moments[top, 2], own.lane, own.width)
     rest[:] = 0.0
     n = np.float64(min(cut.chunk, cut.rows))
@@ -290,7 +293,10 @@ def moments_kernel(g, x, mean, m2):
     cut = unpack(g)
     blocks, chunks = cut.batch * cut.blocks, cut.chunks
     lane_moments = np.empty((cut.batch * chunks, 3, cut.lanes))
-    sums, wide_sums = np.empty((blocks * chunks, 3, cut.block), x.dtype), np.empty((blocks * chunks, 3, cut.block))
+    sums, wide_sums = (
+        np.empty((blocks * chunks, 3, cut.block), x.dtype),
+        np.empty((blocks * chunks, 3, cut.block)),
+    )
     for task in prange(blocks * chunks):
         chunk_moments(g, x, task // chunks, task % chunks, sums[task], wide_sums[task], lane_moments)
     for index in prange(blocks):

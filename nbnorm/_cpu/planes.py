@@ -184,7 +184,11 @@ def input_grad_chunk(g, x, dy, dx, slot, chunk, mean, rstd, weight, sum_dz, sum_
         start, end = max(c0, j * cut.run), min(c0 + cols, (j + 1) * cut.run)
         for r in range(r0, r0 + rows):
             base = (r * cut.group + slot) * cut.inner
-            x_run, dy_run, dx_run = x[base + start : base + end], dy[base + start : base + end], dx[base + start : base + end]
+            x_run, dy_run, dx_run = (
+                x[base + start : base + end],
+                dy[base + start : base + end],
+                dx[base + start : base + end],
+            )
             if constant:
                 constant_grad_segment(dy_run, dx_run, gain)
             else:
@@ -227,9 +231,7 @@ def forward_kernel(g, x, y, weight, bias, eps, mean, m2, rstd):
         n = slot_mean = slot_m2 = rest = 0.0
         for chunk in range(chunks):
             part_n, part_mean, part_m2 = chunk_moments(g, x, slot, chunk)
-            n, slot_mean, slot_m2, rest = accumulate(
-                n, slot_mean, slot_m2, rest, part_n, part_mean, part_m2
-            )
+            n, slot_mean, slot_m2, rest = accumulate(n, slot_mean, slot_m2, rest, part_n, part_mean, part_m2)
         slot_m2 = settled(slot_m2, rest)
         slot_rstd = reciprocal_std(slot_m2, n, eps)
         mean[slot], m2[slot], rstd[slot] = slot_mean, slot_m2, slot_rstd

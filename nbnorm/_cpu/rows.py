@@ -166,7 +166,15 @@ def backward_chunk(g, x, dy, dx, r, chunk, mean, rstd, weight, sum_g, sum_g_x_ha
         )
         gain = x.dtype.type(factor)
         input_grad_line(
-            x[first:end], dy[first:end], dx[first:end], part(weight, p, q), mean_hi, scale, slope, offset, gain
+            x[first:end],
+            dy[first:end],
+            dx[first:end],
+            part(weight, p, q),
+            mean_hi,
+            scale,
+            slope,
+            offset,
+            gain,
         )
     if sums is not None:
         parameter_grad_line(x[first:end], dy[first:end], mean_hi, scale, rest, sums[0, p:q], sums[1, p:q])
@@ -339,11 +347,11 @@ def backward(
     if dx is not None and fused(view, threads):
         backward_kernel(threads, g, *arrays, narrow, wide)
     else:
-        slot_sums = (None, None)
+        sum_g = sum_g_x_hat = None
         if dx is not None:
-            slot_sums = np.empty((2, view.slots))
-            grad_sums_kernel(threads, g, *arrays[:2], mean, rstd, arrays[5], *slot_sums)
-        input_grad_kernel(threads, g, *arrays, *slot_sums, narrow, wide)
+            sum_g, sum_g_x_hat = np.empty((2, view.slots))
+            grad_sums_kernel(threads, g, *arrays[:2], mean, rstd, arrays[5], sum_g, sum_g_x_hat)
+        input_grad_kernel(threads, g, *arrays, sum_g, sum_g_x_hat, narrow, wide)
     if wide is None:
         return np.zeros(0), np.zeros(0)
     add_bands_kernel(wide)
