@@ -39,6 +39,7 @@ class Forward:
     reduced: tuple
     param: tuple
     constant: bool
+    centered: bool = True
 
     def per_slot(self, name):
         """Return a statistic without its reduced axes."""
@@ -79,13 +80,18 @@ def moments(x, reduced):
     return count, mean, np.square(x - mean).mean(axis=reduced, keepdims=True)
 
 
-def normalize(x, weight=None, bias=None, *, reduced, param, eps, statistics=None):
-    """Normalize x by its own statistics, or by constant ones: (mean, var) along the axes ``param``."""
+def normalize(x, weight=None, bias=None, *, reduced, param, eps, statistics=None, centered=True):
+    """Normalize x by its own statistics, or by constant ones: (mean, var) along the axes ``param``.
+
+    Without centering the mean is 0 and the variance the mean square.
+    """
     dtype = np.asarray(x).dtype.newbyteorder("=")
     x = widen(x)
     with np.errstate(all="ignore"):
         if statistics is None:
             count, mean, var = moments(x, reduced)
+            if not centered:
+                mean, var = np.zeros_like(mean), np.square(x).mean(axis=reduced, keepdims=True)
         else:
             count = float(np.prod([x.shape[axis] for axis in reduced]))
             mean, var = (along(values, x, param, 0) for values in statistics)
@@ -94,7 +100,19 @@ def normalize(x, weight=None, bias=None, *, reduced, param, eps, statistics=None
         weight, bias = along(weight, x, param, 1), along(bias, x, param, 0)
         y = x_hat * weight + bias
     return Forward(
-        y, x_hat, mean, var, rstd, count, weight, bias, dtype, reduced, param, statistics is not None
+        y,
+        x_hat,
+        mean,
+        var,
+        rstd,
+        count,
+        weight,
+        bias,
+        dtype,
+        reduced,
+        param,
+        statistics is not None,
+        centered,
     )
 
 
@@ -107,7 +125,7 @@ def differentiate(dy, forward):
         g = dz * f.weight
         centred = g
         if not f.constant:
-            c1 = g.mean(axis=f.reduced, keepdims=True)
+            c1 = g.mean(axis=f.reduced, keepdims=True) if f.centered else 0
             c2 = (g * f.x_hat).mean(axis=f.reduced, keepdims=True)
             centred = g - c1 - f.x_hat * c2
         terms = dz * f.x_hat
@@ -119,6 +137,28 @@ def batch_norm(x, weight=None, bias=None, *, channel_axis=1, eps=1e-5, running=N
     """Batch norm; with ``running`` = (mean, var) in eval mode."""
     reduced, param = axes_but(np.ndim(x), channel_axis)
     return normalize(x, weight, bias, reduced=reduced, param=param, eps=eps, statistics=running)
+
+
+def layer_norm(x, weight=None, bias=None, *, axis=(-1,), eps=1e-5, centered=True):
+    """Layer norm over the axes ``axis``; RMS norm without centering."""
+    reduced = tuple(sorted(i % np.ndim(x) for i in axis))
+    return normalize(x, weight, bias, reduced=reduced, param=reduced, eps=eps, centered=centered)
+
+
+def grouped(x, num_groups, channel_axis):
+    """Split the channel axis into (groups, channels of a group)."""
+    x = np.asarray(x)
+    axis = channel_axis % x.ndim
+    return x.reshape(*x.shape[:axis], num_groups, x.shape[axis] // num_groups, *x.shape[axis + 1 :])
+
+
+def group_norm(x, num_groups, weight=None, bias=None, *, channel_axis=1, eps=1e-5):
+    """Group norm of x with its channel axis split in two: all results have that shape, see `grouped`."""
+    axis = channel_axis % np.ndim(x)
+    sample = 1 + 1 if axis == 0 else 0  # the first other axis, behind both parts of a leading channel axis
+    x = grouped(x, num_groups, channel_axis)
+    reduced = tuple(i for i in range(x.ndim) if i not in (axis, sample))
+    return normalize(x, weight, bias, reduced=reduced, param=(axis, axis + 1), eps=eps)
 
 
 def updated_running(running, forward, *, momentum=0.1, ddof=1):
@@ -200,7 +240,7 @@ def assert_within(actual, reference, tolerance, what="result"):
     """Fail where abs(actual - reference) exceeds the tolerance; a NaN on one side only always does."""
     reference = np.asarray(reference)
     assert actual.shape == reference.shape, f"{what} has shape {actual.shape}, expected {reference.shape}"
-    error = np.abs(np.asarray(actual).astype(reference.dtype) - reference)
+    error = np.array(np.abs(np.asarray(actual).astype(reference.dtype) - reference))
     error[np.isnan(actual) & np.isnan(reference)] = 0
     tolerance = np.broadcast_to(tolerance, error.shape)
     wrong = ~(error <= tolerance)

@@ -1,4 +1,4 @@
-"""Conventions of other libraries: presets, states under their names, batch norm folded into the layer in front."""
+"""Conventions of other libraries: presets, states under their names, folding into the layer in front."""
 
 import copy
 
@@ -26,7 +26,7 @@ def torch():
 
 
 def keras_step(x, mean, var):
-    """Return y, moving_mean, moving_variance of BatchNormalization(): momentum=0.99, epsilon=1e-3, axis=-1."""
+    """Return y and both moving averages of BatchNormalization(): momentum=0.99, epsilon=1e-3, last axis."""
     batch_mean, batch_var = x.mean(axis=(0, 1)), x.var(axis=(0, 1))
     y = (x - batch_mean) / np.sqrt(batch_var + 1e-3)
     return y, mean * 0.99 + batch_mean * (1.0 - 0.99), var * 0.99 + batch_var * (1.0 - 0.99)
@@ -171,7 +171,7 @@ def leaves(state):
 @every_target
 @missing_parts
 def test_state_there_and_back(source, target, missing):
-    """Every pair of libraries: the target's names and structure, and the source's state again after the way back."""
+    """Every pair of libraries: the target's names and structure, and the source's state after the way back."""
     counted = source in COUNTING
     start = parts(missing=missing)
     there = nbnorm.convert_state_dict(native(source, start), source, target)
