@@ -32,17 +32,27 @@ class Call(NamedTuple):
 
 
 def prepare(
-    operation: str, x: Any, weight: Any, bias: Any, eps: Any, channel_axis: Any, out: Array | None
+    operation: str,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    eps: Any,
+    channel_axis: Any,
+    out: Array | None,
+    num_features: int | None = None,
 ) -> Call:
-    """Check what every forward call takes, and plan."""
+    """Check what every forward call takes, and plan; a layer knows its number of channels."""
     source = _checks.array("x", x)
     _checks.at_least_2d(operation, source)
     axis = _checks.axis("channel_axis", channel_axis, source.ndim)
     eps = _checks.eps(eps)
+    if num_features is not None:
+        _checks.channels(operation, source, axis, num_features)
     weight = _checks.parameter("weight", weight, axis, source.shape)
     bias = _checks.parameter("bias", bias, axis, source.shape)
     if out is not None:
         _checks.out("out", out, source.shape, source.dtype)
+        _checks.disjoint_from_parameters("out", out, weight, bias)
     packed, view, _ = _layout.plan(source, partial(batch_view, channel_axis=axis))
     return Call(operation, source, packed, view, weight, bias, eps, out)
 

@@ -218,9 +218,15 @@ def instance(name: str, value: Any, expected: type) -> None:
         raise TypeError(f"{name} must be a nbnorm.{expected.__name__}, got {type_name(value)}")
 
 
+def disjoint_from_parameters(name: str, value: np.ndarray | None, weight: Any, bias: Any) -> None:
+    """Refuse a result buffer in the memory of the parameters, which are read while it is filled."""
+    if value is not None:
+        disjoint(name, value, [("weight", weight), ("bias", bias)])
+
+
 def out(name: str, value: Any, expected_shape: tuple[int, ...], expected_dtype: np.dtype[Any]) -> None:
     """Refuse a result buffer that cannot take the result."""
-    if not isinstance(value, np.ndarray):
+    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a NumPy array, got {type_name(value)}")
     shape(name, value, expected_shape)
     dtype(name, value, expected_dtype)
@@ -260,6 +266,8 @@ def keys(name: str, mapping: Mapping[str, Any], expected: Collection[str]) -> No
 
 def need(value: Any, known: tuple[str, ...]) -> frozenset[str]:
     """Return the names of the gradients that are wanted."""
+    if not isinstance(value, Iterable):
+        raise TypeError(f"need must be a collection of {', '.join(known)}, got {value!r}")
     names = (value,) if isinstance(value, str) else tuple(value)
     for name in names:
         choice("every entry of need", name, known)

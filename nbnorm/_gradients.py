@@ -104,6 +104,8 @@ def _buffers(
             raise ValueError(f"out[{i}] was given, but {name} is not computed")
         if buffer is not None and like is not None:
             _checks.out(f"out[{i}]", buffer, like.shape, like.dtype)
+            _checks.disjoint_from_parameters(f"out[{i}]", buffer, *likes[1:], *[None] * (3 - len(likes)))
+            _checks.disjoint(f"out[{i}]", buffer, [(f"out[{k}]", out[k]) for k in range(i)])
     return out
 
 

@@ -64,6 +64,7 @@ def _forward(
     if out is not None:
         _checks.out("out", out, source.shape, source.dtype)
         _checks.disjoint("out", out, [("x", source)], ", which backward needs")
+        _checks.disjoint_from_parameters("out", out, weight, bias)
     x, view, result_order = _layout.plan(source, planner, order)
     target = np.empty_like(source) if out is None else out
     work = _layout.workspace(target, x)

@@ -101,7 +101,7 @@ def group_view(
     order = memory_order(shape, strides, itemsize)
     sample_axis = 1 if channel_axis == 0 else 0
     samples, channels = shape[sample_axis], shape[channel_axis]
-    width = channels // num_groups
+    width = channels // num_groups if num_groups else 0
     space = prod(n for axis, n in enumerate(shape) if axis not in (sample_axis, channel_axis))
     if order is None:
         return None

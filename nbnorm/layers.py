@@ -121,13 +121,21 @@ class BatchNorm:
 
     @property
     def weight(self) -> Array | None:
-        """The scale, None if there is none."""
+        """The scale, None if there is none; assigning copies the values."""
         return self.params.get("weight")
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self._assign("weight", value)
 
     @property
     def bias(self) -> Array | None:
-        """The shift, None if there is none."""
+        """The shift, None if there is none; assigning copies the values."""
         return self.params.get("bias")
+
+    @bias.setter
+    def bias(self, value: Any) -> None:
+        self._assign("bias", value)
 
     @property
     def running_mean(self) -> Array | None:
@@ -149,14 +157,16 @@ class BatchNorm:
 
     def __call__(self, x: Any, *, out: Array | None = None, keep: bool = True) -> Array:
         """Normalize x and, with ``keep``, remember what `backward` needs."""
+        self._saved = None  # a call that fails must not leave the one before to backward
         y, saved = self.forward(x, out=out)
         self._saved = saved if keep else None
         return y
 
     def forward(self, x: Any, *, out: Array | None = None) -> tuple[Array, Saved]:
         """Normalize x; return y and what `backward` needs, for several calls in flight."""
-        call = _batch.prepare("BatchNorm", x, self.weight, self.bias, self.eps, self.channel_axis, out)
-        _checks.channels("BatchNorm", call.source, self.channel_axis, self.num_features)
+        call = _batch.prepare(
+            "BatchNorm", x, self.weight, self.bias, self.eps, self.channel_axis, out, self.num_features
+        )
         _batch.keep_x(call)
         with self._lock:
             if self.training or self._running is None:
@@ -183,7 +193,7 @@ class BatchNorm:
         """
         saved = self._saved if saved is None else saved
         if saved is None:
-            raise RuntimeError("backward called before forward")
+            raise RuntimeError("backward called before forward, or after a call with keep=False")
         into = (None, None) if accumulate else (self.grads.get("weight"), self.grads.get("bias"))
         dx, *gradients = functional.batch_norm_backward(dy, saved, out=(out, *into))
         if accumulate:
@@ -251,7 +261,7 @@ class BatchNorm:
         """Copy a checked value into one array of the state."""
         arrays = self._arrays()
         if name not in arrays:
-            raise AttributeError(f"{name} cannot be set on a layer with track_running_stats=False")
+            raise AttributeError(f"this layer has no {name} to set")
         checked = _checks.state(name, value, arrays[name])
         with self._lock:
             arrays[name][...] = checked

@@ -179,4 +179,5 @@ def batch_norm_input_grad(dy: Any, saved: Saved, sums: GradSums, *, out: Array |
     dy = _gradients.gradient(dy, saved)
     if out is not None:
         _checks.out("out", out, saved.x.shape, saved.x.dtype)
+        _checks.disjoint_from_parameters("out", out, saved.weight, saved.bias)
     return _gradients.input_grad(dy, saved, None if saved.constant else (sums.sum_dz, sums.sum_dz_x_hat), out)

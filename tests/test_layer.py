@@ -301,3 +301,24 @@ def test_two_threads_train_one_layer(rng):
     assert int(layer.state_dict()["num_batches_tracked"]) == 50
     means = np.mean([x.mean(axis=(0, 2, 3)) for mine in batches for x in mine], axis=0)
     np.testing.assert_allclose(running_of(layer)[0], means, rtol=1e-12)
+
+
+def test_parameters_may_be_assigned():
+    """`bn.weight -= step` updates the array that the optimizer and the layer hold."""
+    layer = nbnorm.BatchNorm(3)
+    array = layer.params["weight"]
+    layer.weight -= 0.25
+    layer.bias = [1.0, 2.0, 3.0]
+    assert layer.params["weight"] is array
+    np.testing.assert_array_equal(array, np.full(3, 0.75, np.float32))
+    np.testing.assert_array_equal(layer.params["bias"], np.array([1, 2, 3], np.float32))
+    with pytest.raises(AttributeError, match="this layer has no weight to set"):
+        nbnorm.BatchNorm(3, affine=False).weight = np.ones(3)
+
+
+def test_wrong_number_of_channels_names_the_layer():
+    """Not the weight, which the user has not given."""
+    with pytest.raises(
+        ValueError, match=r"BatchNorm expects 3 channels on axis 1, got x with shape \(4, 2\)"
+    ):
+        nbnorm.BatchNorm(3)(np.ones((4, 2)))

@@ -354,3 +354,41 @@ def test_num_groups_of_an_unsigned_type(rng):
     x = rng.standard_normal((2, 400, 3))
     one = nbnorm.group_norm_forward(x, np.uint8(200))[0]
     oracle.assert_same_bits(one, nbnorm.group_norm_forward(x, 200)[0])
+
+
+@pytest.mark.parametrize("shape", [(64, 300), (3, 70001)], ids=str)
+def test_dx_into_dy_with_parameter_gradients(shape, rng):
+    """The parameters' gradients read dy before dx takes its place, in whole rows and in split ones."""
+    x, dy = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+    weight, bias = (rng.standard_normal(shape[1]).astype(np.float32) for _ in range(2))
+    saved = nbnorm.layer_norm_forward(x, weight, bias)[1]
+    expected = nbnorm.layer_norm_backward(dy, saved)
+    into = dy.copy()
+    for found, wanted in zip(
+        nbnorm.layer_norm_backward(into, saved, out=(into, None, None)), expected, strict=True
+    ):
+        oracle.assert_same_bits(found, wanted)
+
+
+def test_out_in_the_memory_of_a_parameter_is_refused(rng):
+    """A result would change the weight while it is read."""
+    block = np.zeros(120, np.float32)
+    weight, x = block[3:8], rng.standard_normal((4, 6, 5)).astype(np.float32)
+    weight[:] = 2
+    with pytest.raises(ValueError, match="out shares memory with weight"):
+        nbnorm.layer_norm_forward(x, weight, out=block.reshape(4, 6, 5))
+    saved = nbnorm.layer_norm_forward(x, weight)[1]
+    with pytest.raises(ValueError, match=r"out\[0\] shares memory with weight"):
+        nbnorm.layer_norm_backward(x, saved, out=(block.reshape(4, 6, 5), None, None))
+    gradient = np.zeros((4, 6, 5), np.float32)
+    with pytest.raises(ValueError, match=r"out\[1\] shares memory with out\[0\]"):
+        nbnorm.layer_norm_backward(x, saved, out=(gradient, gradient[0, 0], None))
+    np.testing.assert_array_equal(weight, np.full(5, 2, np.float32))
+
+
+def test_no_channels():
+    """An array without channels has nothing to normalize."""
+    x, none = np.zeros((4, 0, 5), np.float32), np.zeros(0, np.float32)
+    y, saved = nbnorm.instance_norm_forward(x, none, none)
+    dx, dweight, dbias = nbnorm.instance_norm_backward(x, saved)
+    assert (y.shape, dx.shape, dweight.shape, dbias.shape) == (x.shape, x.shape, (0,), (0,))

@@ -30,7 +30,7 @@ from nbnorm._cpu.tiles import CHUNK, add_rows, parameter, settle_rows, weighted
 from nbnorm._math import affine, gradient_terms, reciprocal_std
 from nbnorm._view import View
 
-# Rows narrower than this many lanes are folded (benchmarks/bench_batch_norm.py, Columns).
+# Folding fills rows up to this many lanes (benchmarks/bench_batch_norm.py, Columns).
 WIDE = 768
 # Folding leaves at least this many rows.
 MIN_ROWS = 16

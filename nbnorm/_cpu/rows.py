@@ -159,6 +159,8 @@ def backward_chunk(g, x, dy, dx, r, chunk, mean, rstd, weight, sum_g, sum_g_x_ha
     q = p + end - first
     row_mean = value_of(mean, r)
     mean_hi, scale, rest = affine(row_mean, rstd[r], 1.0, 0.0, x)
+    if sums is not None:  # before dx, which may go into dy
+        parameter_grad_line(x[first:end], dy[first:end], mean_hi, scale, rest, sums[0, p:q], sums[1, p:q])
     if dx is not None:
         n = np.float64(cut.inner)
         slope, offset, factor = gradient_terms(
@@ -176,8 +178,6 @@ def backward_chunk(g, x, dy, dx, r, chunk, mean, rstd, weight, sum_g, sum_g_x_ha
             offset,
             gain,
         )
-    if sums is not None:
-        parameter_grad_line(x[first:end], dy[first:end], mean_hi, scale, rest, sums[0, p:q], sums[1, p:q])
 
 
 @helper
