@@ -93,18 +93,18 @@ def batch_view(shape: Shape, strides: Shape, itemsize: int, channel_axis: int) -
 def group_view(
     shape: Shape, strides: Shape, itemsize: int, channel_axis: int, num_groups: int
 ) -> View | None:
-    """Plan group norm: blocks of neighbouring channels of one sample share statistics.
+    """Plan group norm: blocks of neighbouring channels of one sample share statistics; of one channel: instance norm.
 
     Samples lie on the first axis that is not the channels'. Memory order (samples, channels, space) and
     (samples, space, channels) need no copy; None stands for every other one.
     """
     order = memory_order(shape, strides, itemsize)
+    if order is None:
+        return None
     sample_axis = 1 if channel_axis == 0 else 0
     samples, channels = shape[sample_axis], shape[channel_axis]
     width = channels // num_groups if num_groups else 0
     space = prod(n for axis, n in enumerate(shape) if axis not in (sample_axis, channel_axis))
-    if order is None:
-        return None
     spatial = tuple(axis for axis in order if axis not in (sample_axis, channel_axis))
     sample = (sample_axis,) if samples > 1 else ()
     channel = (channel_axis,) if channels > 1 else ()
@@ -114,11 +114,6 @@ def group_view(
     if order == sample + spatial + channel:
         return View(samples, space, num_groups, width, num_groups, width, 1, "columns")
     return None
-
-
-def instance_view(shape: Shape, strides: Shape, itemsize: int, channel_axis: int) -> View | None:
-    """Plan instance norm: group norm with one channel per group."""
-    return group_view(shape, strides, itemsize, channel_axis, max(shape[channel_axis], 1))
 
 
 @lru_cache(maxsize=4096)

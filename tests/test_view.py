@@ -12,7 +12,6 @@ from nbnorm._view import (
     View,
     batch_view,
     group_view,
-    instance_view,
     memory_order,
     trailing_view,
 )
@@ -88,7 +87,7 @@ def test_group_view_plans_channels_first_and_last(data, shape, last):
 def test_instance_view_keeps_samples_and_channels(shape, last):
     x = np.zeros(shape, np.float64)
     axis = len(shape) - 1 if last else 1
-    view = instance_view(x.shape, x.strides, x.itemsize, axis)
+    view = group_view(x.shape, x.strides, x.itemsize, axis, shape[axis])
     assert view is not None
     check(x, view, along(shape, 0) * shape[axis] + along(shape, axis), along(shape, axis))
 
@@ -105,14 +104,19 @@ def test_trailing_view_keeps_the_leading_axes(data, shape):
     check(x, view, rows, elements)
 
 
+def per_channel(shape, strides, itemsize, channel_axis):
+    """Instance norm: group norm with a group per channel."""
+    return group_view(shape, strides, itemsize, channel_axis, shape[channel_axis])
+
+
 # One row of the table of layouts per case: what is normalized, and the sizes and rule it is seen by.
 TABLE = {
     "batch, channels first": (batch_view, (8, 3, 20, 20), 1, (1, 8, 3, 400, 3, 1, 400, "planes")),
     "batch, channels last": (batch_view, (8, 20, 20, 3), 3, (1, 3200, 3, 1, 3, 1, 1, "columns")),
     "batch, (N, C)": (batch_view, (32, 64), 1, (1, 32, 64, 1, 64, 1, 1, "columns")),
     "batch, short segments": (batch_view, (8, 32, 7, 7), 1, (1, 8, 32, 49, 32, 1, 49, "columns")),
-    "instance, channels first": (instance_view, (8, 3, 20, 20), 1, (1, 1, 24, 400, 3, 1, 400, "planes")),
-    "instance, channels last": (instance_view, (8, 20, 20, 3), 3, (8, 400, 3, 1, 3, 1, 1, "columns")),
+    "instance, channels first": (per_channel, (8, 3, 20, 20), 1, (1, 1, 24, 400, 3, 1, 400, "planes")),
+    "instance, channels last": (per_channel, (8, 20, 20, 3), 3, (8, 400, 3, 1, 3, 1, 1, "columns")),
 }
 
 
@@ -158,7 +162,7 @@ def test_gaps_need_a_packed_copy(x):
 def test_other_norms_pack_other_orders():
     x = dense((4, 6, 5, 5), (2, 0, 1, 3))
     assert group_view(x.shape, x.strides, x.itemsize, 1, 3) is None
-    assert instance_view(x.shape, x.strides, x.itemsize, 1) is None
+    assert group_view(x.shape, x.strides, x.itemsize, 1, 6) is None
     x = dense((4, 6, 5), (0, 2, 1))
     assert trailing_view(x.shape, x.strides, x.itemsize, 2) is None
 

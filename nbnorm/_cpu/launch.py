@@ -11,17 +11,17 @@ import numba
 import numpy as np
 from numba import njit
 
+from nbnorm._math import INNER
+
 # Elements below which waking a team of threads costs more than it saves (benchmarks/bench_batch_norm.py, Small).
 PARALLEL_MIN = 32768
 
-# Helpers are called by kernels alone: without wrappers for Python and C they compile in two thirds of the time.
-_INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _OUTER: dict[str, Any] = {"error_model": "numpy", "no_cfunc_wrapper": True, "nogil": True}
 
 kernel = njit(**_OUTER)
-helper = njit(**_INNER)
+helper = njit(**INNER)
 # The least that lets LLVM vectorize a sum; NaN and Inf keep their meaning.
-reduction = njit(**_INNER, fastmath={"reassoc", "contract"})
+reduction = njit(**INNER, fastmath={"reassoc", "contract"})
 
 
 class Twins:
