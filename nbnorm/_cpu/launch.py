@@ -11,6 +11,7 @@ import numba
 import numpy as np
 from numba import njit
 
+from nbnorm._cpu.cache import Cache
 from nbnorm._math import INNER
 
 # Elements below which waking a team of threads costs more than it saves (benchmarks/bench_batch_norm.py, Small).
@@ -18,10 +19,17 @@ PARALLEL_MIN = 32768
 
 _OUTER: dict[str, Any] = {"error_model": "numpy", "no_cfunc_wrapper": True, "nogil": True}
 
-kernel = njit(**_OUTER)
 helper = njit(**INNER)
 # The least that lets LLVM vectorize a sum; NaN and Inf keep their meaning.
 reduction = njit(**INNER, fastmath={"reassoc", "contract"})
+
+
+def kernel(body: Callable[..., Any], **options: Any) -> Any:
+    """Compile a function that Python calls, once for each signature, and keep the code on disk."""
+    compiled = njit(**_OUTER, **options)(body)
+    if hasattr(compiled, "_cache"):  # plain Python under NUMBA_DISABLE_JIT=1
+        compiled._cache = Cache(compiled)
+    return compiled
 
 
 class Twins:
@@ -33,7 +41,7 @@ class Twins:
 
     def __init__(self, body: Callable[..., Any]) -> None:
         self.serial = kernel(body)
-        self.parallel = njit(**_OUTER, parallel=True)(body)
+        self.parallel = kernel(body, parallel=True)
         self.__name__ = body.__name__
         self.__doc__ = body.__doc__
 
