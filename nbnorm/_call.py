@@ -76,7 +76,12 @@ def group_call(
     groups = channels if groups is None else _checks.num_groups(groups, channels)
     sample_axis = 1 if axis == 0 else 0
     order = [sample_axis, axis, *(i for i in range(source.ndim) if i not in (sample_axis, axis))]
-    planner = partial(group_view, channel_axis=axis, num_groups=groups, plain=options == PLAIN)
+    planner = partial(
+        group_view,
+        channel_axis=axis,
+        num_groups=groups,
+        plain=not any(given is not None for given in options),
+    )
     call = _call(operation, source, planner, order, axis, sample_axis, weight, bias, eps, out, options)
     return call, (source.shape[sample_axis], groups)
 
