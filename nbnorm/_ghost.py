@@ -48,8 +48,8 @@ def forward_training(
         settings = settings._replace(rule=settings.rule._replace(nonfinite="propagate"))
     parts = tuple(_normalize(part, pair, settings) for part in calls)
     saved = _call.save(
-        call, "batch_norm", np.stack([np.asarray(part.mean) for part in parts]), np.stack([part.rstd for part in parts]),
-        _batch.count_of(call), None, False, parts=parts,
+        call, "batch_norm", np.stack([np.asarray(part.mean) for part in parts]),
+        np.stack([part.rstd for part in parts]), _batch.count_of(call), None, False, parts=parts,
         places=tuple(where), whole=_moments(calls, parts),
     )  # fmt: skip
     return y, saved, _batch.track(saved, pair, settings.rule)
