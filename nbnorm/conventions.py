@@ -9,7 +9,7 @@ import numpy as np
 
 from nbnorm import _checks
 from nbnorm._dispatch import type_name
-from nbnorm.layers import BatchNorm
+from nbnorm.batch_layer import BatchNorm
 from nbnorm.moments import Moments
 
 Array = np.ndarray
