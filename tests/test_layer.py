@@ -102,27 +102,6 @@ def test_reset_running_stats(rng):
     oracle.assert_running(running_of(layer), [np.zeros(5, np.float32)] * 2, oracle.batch_norm(x), momentum=1)
 
 
-def test_gradients_fill_or_accumulate_in_place(rng):
-    """The arrays in ``grads`` keep their identity: filled, added to, zeroed."""
-    layer = made(PLANES, rng)
-    kept = dict(layer.grads)
-    x, dy, _, _ = step(layer, PLANES, rng)
-    first = {name: grad.copy() for name, grad in layer.grads.items()}
-    layer(x)
-    layer.backward(dy)
-    for name in first:
-        oracle.assert_same_bits(layer.grads[name], first[name], "filled, not added to")
-    layer(x)
-    layer.backward(dy, accumulate=True)
-    for name in first:
-        np.testing.assert_allclose(layer.grads[name], 2 * first[name], rtol=1e-6)
-        assert layer.grads[name] is kept[name]
-    layer.zero_grad()
-    for name, grad in kept.items():
-        assert layer.grads[name] is grad
-        np.testing.assert_array_equal(grad, 0)
-
-
 def test_several_calls_in_flight(rng):
     """The same layer twice in one step: each ``saved`` goes with its own backward, in any order."""
     layer = made(PLANES, rng)
@@ -209,16 +188,6 @@ def test_keep_false_remembers_nothing(rng):
         layer.backward(x)
 
 
-def test_out_of_a_layer(rng, poisoned):
-    """The result goes into the given buffer."""
-    layer, twin = made(PLANES, rng), nbnorm.BatchNorm(6)
-    twin.load_state_dict(layer.state_dict())
-    x, buffer = PLANES.x(rng, np.float32), poisoned(PLANES.shape, np.float32, "gaps inside")
-    assert layer(x, out=buffer.out) is buffer.out
-    oracle.assert_same_bits(buffer.out, twin(x))
-    buffer.assert_gaps_untouched()
-
-
 def test_channels_last_layer(rng):
     """channel_axis=-1 equals the transposed input through a channels-first layer."""
     case = Case((4, 5, 3, 6), -1, "channels last")
@@ -264,14 +233,6 @@ def test_copies_are_independent(travel, rng):
         oracle.assert_same_bits(one, other)
     twin_in_eval = travel(layer.eval())
     oracle.assert_same_bits(twin_in_eval(x), layer(x))
-
-
-def test_repr_names_what_differs():
-    """A reader sees the size and what was chosen."""
-    text = repr(nbnorm.BatchNorm(12, momentum=0.3, channel_axis=-1))
-    assert text.startswith("BatchNorm(12")
-    assert "momentum=0.3" in text
-    assert "channel_axis=-1" in text
 
 
 def test_two_threads_train_one_layer(rng):
