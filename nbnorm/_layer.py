@@ -89,7 +89,7 @@ class Layer(State, ABC):
         the result is ``(dx, dresidual)``, and ``out`` a pair of buffers.
         """
         saved = self._recall(saved)
-        outs = _checks.pair("out", out) if has_residual(saved) else (out,)
+        outs = _checks.pair("out", out) if saved.with_residual else (out,)
         wanted = zip(("dx", "dresidual"), outs, strict=False)
         dx, *rest = (self._like_x(name, saved, buffer) for name, buffer in wanted)
         into = (self._like_parameter(name, accumulate) for name in self._parameters)
@@ -150,6 +150,7 @@ class ChannelLayer(Layer):
     ) -> None:
         self._channels = channels
         self.channel_axis = _checks.integer("channel_axis", channel_axis)
+        _checks.activation(activation)
         self.activation = activation
         super().__init__((channels,), affine, center, scale, eps, dtype, xp, reuse_buffers)
 
@@ -175,8 +176,3 @@ class ChannelLayer(Layer):
         axis = _checks.axis("channel_axis", self.channel_axis, x.ndim)
         _checks.channels(name, x, axis, self._channels)
         return super()._forward(x, out, **options)
-
-
-def has_residual(saved: Saved) -> bool:
-    """Whether backward has a gradient by a residual to return."""
-    return getattr(saved, "residual", None) is not None

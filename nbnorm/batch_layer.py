@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from nbnorm import _batch, _checks, functional
+from nbnorm import _batch, _call, _checks, _ghost, functional
 from nbnorm._layer import ChannelLayer
 from nbnorm._state import Entry
-from nbnorm.running import Rule
 from nbnorm.saved import Saved
 
 Array = np.ndarray
@@ -127,8 +126,8 @@ class BatchNorm(ChannelLayer):
         self.momentum = None if momentum is None else _checks.momentum(momentum)
         self.track_running_stats = bool(track_running_stats)
         self.ddof = _checks.ddof(ddof)
-        self.renorm = renorm
-        self.virtual_batch_size = virtual_batch_size
+        self.renorm = _checks.renorm(renorm)
+        self.virtual_batch_size = _checks.virtual_batch_size(virtual_batch_size)
         self.small_batch = _checks.choice("small_batch", small_batch, _checks.SMALL_BATCH)
         self.nonfinite = _checks.choice("nonfinite", nonfinite, _checks.NONFINITE)
         self.skipped_updates = 0
@@ -151,24 +150,26 @@ class BatchNorm(ChannelLayer):
     def _normalize(self, x: Array, out: Array | None, **options: Any) -> tuple[Array, Saved]:
         """Normalize by the batch in training, else by a snapshot of the running statistics."""
         weight, bias = self.params.get("weight"), self.params.get("bias")
-        call = _batch.prepare(
-            "BatchNorm", x, weight, bias, self.eps, self.channel_axis, out, self.num_features, **options
-        )
-        _batch.keep_x(call)
+        given = _call.Options(**options)
+        call = _call.batch_call("BatchNorm", x, weight, bias, self.eps, self.channel_axis, out, given)
+        _call.keep_x(call)
         with self._lock:
             if self.training or not self._running:
-                return self._train_on(call)
+                return self._train_on(call, given)
             mean, var = (statistic.copy() for statistic in self._running.values())
         return _batch.forward_eval(call, mean, var)
 
-    def _train_on(self, call: _batch.Call) -> tuple[Array, Saved]:
+    def _train_on(self, call: _call.Call, options: _call.Options) -> tuple[Array, Saved]:
         """Normalize by the batch and track it; under the lock, so that threads lose no update."""
         momentum = 1.0 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
-        rule = Rule(0.0 if self._observe else momentum, self.ddof, self.nonfinite)
+        momentum = 0.0 if self._observe else momentum
+        settings = _batch.training(momentum, self.ddof, self.small_batch, self.nonfinite, self.renorm)
         mean, var = self._running.values() or (None, None)
-        y, saved, update = _batch.forward_training(call, mean, var, rule, self.small_batch)
+        y, saved, update = _ghost.forward_training(
+            call, self.virtual_batch_size, self.channel_axis, options, mean, var, settings
+        )
         if self._observe:
-            self._observe(call.source)
+            self._observe(call.source, options.mask)
         else:
             self._tracked += update is not None
             self.skipped_updates += update or 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm import _checks, norms
+from nbnorm import _checks, group_norms, layer_norms
 from nbnorm._layer import ChannelLayer, Layer
 from nbnorm.saved import Saved
 
@@ -86,11 +86,13 @@ class LayerNorm(TrailingLayer):
            [-1.,  1.]])
     """
 
-    _differentiate = staticmethod(norms.layer_norm_backward)
+    _differentiate = staticmethod(layer_norms.layer_norm_backward)
 
     def _normalize(self, x: Array, out: Array | None, **options: Any) -> tuple[Array, Saved]:
         weight, bias = self.params.get("weight"), self.params.get("bias")
-        return norms.layer_norm_forward(x, weight, bias, axis=self._axis, eps=self.eps, out=out, **options)
+        return layer_norms.layer_norm_forward(
+            x, weight, bias, axis=self._axis, eps=self.eps, out=out, **options
+        )
 
 
 class RMSNorm(TrailingLayer):
@@ -132,7 +134,7 @@ class RMSNorm(TrailingLayer):
            [-1.,  1.]])
     """
 
-    _differentiate = staticmethod(norms.rms_norm_backward)
+    _differentiate = staticmethod(layer_norms.rms_norm_backward)
     _parameters = ("weight",)
 
     def __init__(
@@ -150,7 +152,7 @@ class RMSNorm(TrailingLayer):
 
     def _normalize(self, x: Array, out: Array | None, **options: Any) -> tuple[Array, Saved]:
         weight = self.params.get("weight")
-        return norms.rms_norm_forward(x, weight, axis=self._axis, eps=self.eps, out=out, **options)
+        return layer_norms.rms_norm_forward(x, weight, axis=self._axis, eps=self.eps, out=out, **options)
 
 
 class GroupNorm(ChannelLayer):
@@ -199,7 +201,7 @@ class GroupNorm(ChannelLayer):
     array([[-1.,  1., -1.,  1.]])
     """
 
-    _differentiate = staticmethod(norms.group_norm_backward)
+    _differentiate = staticmethod(group_norms.group_norm_backward)
 
     def __init__(
         self,
@@ -225,7 +227,7 @@ class GroupNorm(ChannelLayer):
     def _normalize(self, x: Array, out: Array | None, **options: Any) -> tuple[Array, Saved]:
         weight, bias = self.params.get("weight"), self.params.get("bias")
         options |= {"eps": self.eps, "channel_axis": self.channel_axis}
-        return norms.group_norm_forward(x, self.num_groups, weight, bias, out=out, **options)
+        return group_norms.group_norm_forward(x, self.num_groups, weight, bias, out=out, **options)
 
 
 class InstanceNorm(ChannelLayer):
@@ -267,7 +269,7 @@ class InstanceNorm(ChannelLayer):
             [-1.,  1.]]])
     """
 
-    _differentiate = staticmethod(norms.instance_norm_backward)
+    _differentiate = staticmethod(group_norms.instance_norm_backward)
 
     def __init__(
         self,
@@ -291,4 +293,4 @@ class InstanceNorm(ChannelLayer):
     def _normalize(self, x: Array, out: Array | None, **options: Any) -> tuple[Array, Saved]:
         weight, bias = self.params.get("weight"), self.params.get("bias")
         options |= {"eps": self.eps, "channel_axis": self.channel_axis}
-        return norms.instance_norm_forward(x, weight, bias, out=out, **options)
+        return group_norms.instance_norm_forward(x, weight, bias, out=out, **options)

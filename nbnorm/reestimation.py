@@ -74,9 +74,9 @@ class Population:
         self.batches = 0
         self.moments = Moments.empty(layer.num_features)
 
-    def add(self, x: np.ndarray, **options: Any) -> None:
+    def add(self, x: np.ndarray, mask: Any) -> None:
         """Merge the moments of one more batch."""
-        moments = batch_moments(x, self.layer.channel_axis, **options)
+        moments = batch_moments(x, self.layer.channel_axis, mask)
         self.moments = self.moments.merge(moments)
         self.batches += moments.count > 0
 
