@@ -358,3 +358,18 @@ def test_to_another_library(kind, rng, device_library):
         for name, value in one.state_dict().items():
             oracle.assert_same_bits(value, expected[name], name)
     oracle.assert_same_bits(twin.eval()(x) if kind.name != "batch" else twin(x), y)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name in ("batch", "layer")], ids=str)
+@pytest.mark.parametrize("reuse_buffers", [False, True], ids=["new arrays", "reused"])
+def test_half_types(kind, reuse_buffers, rng):
+    """Activations of two bytes with parameters of four: the layer has no say in it."""
+    layer, (x, dy) = kind.drawn(SHAPE, rng, reuse_buffers=reuse_buffers), drawn(rng, dtype=np.float16)
+    y, saved = kind.forward(x, *layer.params.values())
+    dx, *gradients = kind.backward(dy, saved)
+    oracle.assert_same_bits(layer(x), y)
+    oracle.assert_same_bits(layer.backward(dy), dx)
+    assert y.dtype == dx.dtype == np.float16
+    for name, gradient in zip(layer.grads, gradients, strict=True):
+        oracle.assert_same_bits(layer.grads[name], gradient, name)
+        assert gradient.dtype == np.float32
