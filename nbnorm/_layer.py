@@ -44,9 +44,8 @@ class Layer(State, ABC):
         """Start without calls in flight."""
         super()._begin()
         self._saved: Saved | None = None
-        self._latest: Array | None = (
-            None  # rstd of the last call: small, and no other call has the same array
-        )
+        # rstd of the last call stands for the call: it is small, and no other call has the same array.
+        self._latest: Array | None = None
         self._buffers = Buffers() if self.reuse_buffers else None
 
     def __call__(self, x: Any, *, out: Array | None = None, keep: bool = True) -> Array:
