@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbnorm import _activation, _checks, _layout, _masks
+from nbnorm import _activation, _checks, _layout, _masks, _warn
 from nbnorm._dispatch import backend
 from nbnorm._layout import Planner
 from nbnorm._options import Epilogue, Mask
@@ -48,14 +47,12 @@ PLAIN = Options()
 
 def batch_call(
     operation: str, x: Any, weight: Any, bias: Any, eps: Any, channel_axis: Any, out: Any,
-    options: Options = PLAIN, num_features: int | None = None,
+    options: Options = PLAIN,
 ) -> Call:  # fmt: skip
-    """Check and plan a call of batch norm; a layer knows its number of channels."""
+    """Check and plan a call of batch norm."""
     source = _checks.array("x", x)
     _checks.at_least_2d(operation, source)
     axis = _checks.axis("channel_axis", channel_axis, source.ndim)
-    if num_features is not None:
-        _checks.channels(operation, source, axis, num_features)
     weight = _checks.parameter("weight", weight, axis, source.shape)
     bias = _checks.parameter("bias", bias, axis, source.shape)
     planner = partial(batch_view, channel_axis=axis, masked=options.mask is not None)
@@ -171,7 +168,7 @@ def normalize(
     keep_x(call)
     y, mean, m2, rstd = forward(call, centered)
     if call.eps == 0.0 and call.view.size and not m2.all():
-        warnings.warn(f"invalid value encountered in {call.operation}", RuntimeWarning, stacklevel=4)
+        _warn.warn(f"invalid value encountered in {call.operation}")
     count = np.float64(call.view.values) if call.mask is None else call.mask.counts[:, np.newaxis]
     mean = None if mean is None else mean.reshape(statistics)
     return y, save(call, norm, mean, rstd.reshape(statistics), count, None)
