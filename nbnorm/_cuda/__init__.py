@@ -7,7 +7,7 @@ the order in which threads arrive.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from nbnorm._cuda import columns, finish, planes, rows
 from nbnorm._cuda.arrays import empty, is_aligned, zeros
 from nbnorm._cuda.collective import WARP
 from nbnorm._cuda.launch import (
-    LIMITS,
     Lines,
     blocks_for,
     blocks_of,
@@ -27,12 +26,13 @@ from nbnorm._cuda.launch import (
     streamed_lines,
     vector_width,
 )
-from nbnorm._cuda.memory import FLOAT64, kind_of, real
+from nbnorm._cuda.memory import BLOCK, FLOAT64, kind_of, real
 from nbnorm._cuda.pieces import ABSENT, ELEMENT, SLOT, Build
+from nbnorm._options import Epilogue, Mask
 from nbnorm._view import View
 
 __all__ = [
-    "Epilogue", "Mask", "apply", "backward", "forward", "grad_sums", "input_grad", "merge_moments", "moments", "rstd",
+    "apply", "backward", "forward", "grad_sums", "input_grad", "merge_moments", "moments", "rstd",
     "update_running",
 ]  # fmt: skip
 
@@ -40,26 +40,12 @@ Array = Any
 Sums = tuple[Array, Array]
 
 
-class Epilogue(NamedTuple):
-    """What follows x_hat: y = act(x_hat * weight + bias + residual); each may be None."""
-
-    weight: Array | None = None
-    bias: Array | None = None
-    residual: Array | None = None
-    activation: Any = None
-
-
-class Mask(NamedTuple):
-    """Weights of the values of a slot, (rows, positions), and their sums, (rows,), a row for ``period`` slots."""
-
-    weights: Array
-    counts: Array
-
-
 NO_EPILOGUE = Epilogue()
 
 
-def moments(view: View, x: Array, centered: bool = True, mask: Mask | None = None) -> tuple[Array | None, Array]:
+def moments(
+    view: View, x: Array, centered: bool = True, mask: Mask | None = None
+) -> tuple[Array | None, Array]:
     """Mean and m2 (the sum of squared deviations) of every slot; not centered, None and the sum of squares."""
     new = empty if view.size else zeros
     m2 = new(view.slots, np.float64, x)
@@ -78,7 +64,7 @@ def moments(view: View, x: Array, centered: bool = True, mask: Mask | None = Non
     build = _build(view, x, lines, NO_EPILOGUE, mask, centered)
     parts = empty(3 * view.slots * lines.chunks, np.float64, x)
     start(
-        planes.moments_kernel(build), blocks_of(view.slots * lines.chunks), LIMITS.block, x,
+        planes.moments_kernel(build), blocks_of(view.slots * lines.chunks), BLOCK, x,
         x, _weights(mask), parts, lines.chunks, lines.chunk, view.slots, lines.values, lines.length, lines.pitch,
         lines.jump, lines.turn, view.period, view.run, _positions(view),
     )  # fmt: skip
@@ -101,7 +87,7 @@ def _column_moments(view: View, x: Array, mask: Mask | None, mean: Array | None,
 def _finish_moments(view: View, parts: Array, count: int, mean: Array | None, m2: Array) -> None:
     """Merge the parts of every slot."""
     kernel = finish.moments_kernel(mean is not None)
-    start(kernel, blocks_of(view.slots), LIMITS.block, parts, parts, mean, m2, view.slots, count)
+    start(kernel, blocks_of(view.slots), BLOCK, parts, parts, mean, m2, view.slots, count)
 
 
 def rstd(m2: Array, count: Any, eps: float) -> Array:
@@ -112,7 +98,7 @@ def rstd(m2: Array, count: Any, eps: float) -> Array:
     period = slots // max(1, _size(count)) if counted else 1
     counts, n = (count, 0.0) if counted else (None, float(count))
     kernel = finish.rstd_kernel(counted)
-    start(kernel, blocks_for(slots), LIMITS.block, m2, m2, counts, n, float(eps), result, slots, max(period, 1))
+    start(kernel, blocks_for(slots), BLOCK, m2, m2, counts, n, float(eps), result, slots, max(period, 1))
     return result
 
 
@@ -134,14 +120,20 @@ def apply(view: View, x: Array, y: Array, mean: Array | None, rstd: Array, epilo
     lines = streamed_lines(view, view.inner, width)
     build = _build(view, x, lines, epilogue, None, mean is not None)
     start(
-        planes.apply_kernel(build), blocks_of(view.slots * lines.chunks), LIMITS.block, x, *arrays, lines.chunks,
+        planes.apply_kernel(build), blocks_of(view.slots * lines.chunks), BLOCK, x, *arrays, lines.chunks,
         lines.chunk, view.slots, lines.values, lines.length, lines.pitch, lines.jump, lines.turn, view.period,
         view.width, view.run,
     )  # fmt: skip
 
 
 def forward(
-    view: View, x: Array, y: Array, epilogue: Epilogue, eps: float, centered: bool = True, mask: Mask | None = None
+    view: View,
+    x: Array,
+    y: Array,
+    epilogue: Epilogue,
+    eps: float,
+    centered: bool = True,
+    mask: Mask | None = None,
 ) -> tuple[Array | None, Array, Array]:
     """Normalize x with its own statistics into y; return mean (None if not centered), m2 and rstd."""
     lines = None
@@ -173,7 +165,13 @@ def _held_forward(
 
 
 def grad_sums(
-    view: View, x: Array, dy: Array, mean: Array | None, rstd: Array, epilogue: Epilogue, mask: Mask | None = None
+    view: View,
+    x: Array,
+    dy: Array,
+    mean: Array | None,
+    rstd: Array,
+    epilogue: Epilogue,
+    mask: Mask | None = None,
 ) -> Sums:
     """Sums of dz and of dz * x_hat that belong to each parameter."""
     if not view.size:
@@ -202,16 +200,20 @@ def _run_sums(view: View, x: Array, dy: Array, mean: Array | None, rstd: Array, 
     if not element and view.width > 1:  # a run is to its unit what a slot is elsewhere
         build = build._replace(rule=SLOT)
     start(
-        planes.grad_sums_kernel(build), blocks_of(units * lines.chunks), LIMITS.block, x, x, dy, epilogue.weight,
+        planes.grad_sums_kernel(build), blocks_of(units * lines.chunks), BLOCK, x, x, dy, epilogue.weight,
         epilogue.bias, epilogue.residual, mean, rstd, parts, lines.chunks, lines.chunk, units, lines.values, length,
         lines.pitch, lines.jump, lines.turn, view.period, per_slot,
     )  # fmt: skip
     return _finish_sums(parts, units, lines.chunks)
 
 
-def _column_sums(view: View, x: Array, dy: Array, mean: Array | None, rstd: Array, epilogue: Epilogue) -> Sums:
+def _column_sums(
+    view: View, x: Array, dy: Array, mean: Array | None, rstd: Array, epilogue: Epilogue
+) -> Sums:
     lanes = column_lanes(view, _width(view, [x, dy], epilogue, None))
-    build = _column_build(x, lanes.width, epilogue if epilogue.activation is not None else NO_EPILOGUE, None, True)
+    build = _column_build(
+        x, lanes.width, epilogue if epilogue.activation is not None else NO_EPILOGUE, None, True
+    )
     parts = empty(2 * view.batch * lanes.lanes * lanes.chunks, np.float64, x)
     start(
         columns.grad_sums_kernel(build), view.batch * lanes.chunks * lanes.lane_blocks, lanes.threads, x, x, dy,
@@ -224,7 +226,7 @@ def _column_sums(view: View, x: Array, dy: Array, mean: Array | None, rstd: Arra
 def _finish_sums(parts: Array, units: int, count: int) -> Sums:
     """Add the parts of every unit up."""
     sums = empty(units, np.float64, parts), empty(units, np.float64, parts)
-    start(finish.sums_kernel(), blocks_of(units), LIMITS.block, parts, parts, *sums, units, count)
+    start(finish.sums_kernel(), blocks_of(units), BLOCK, parts, parts, *sums, units, count)
     return sums
 
 
@@ -236,7 +238,9 @@ def _by_parameter(view: View, sums: Array) -> Array:
     return _fold(sums, FLOAT64, parameters, 0, parameters, 0, _size(sums) // parameters, parameters)
 
 
-def _fold(parts: Array, kind: int, parameters: int, first: int, run: int, jump: int, count: int, pitch: int) -> Array:
+def _fold(
+    parts: Array, kind: int, parameters: int, first: int, run: int, jump: int, count: int, pitch: int
+) -> Array:
     """Add up ``count`` parts of each parameter, see `finish.fold_kernel`."""
     result = empty(parameters, np.float64, parts)
     start(
@@ -256,7 +260,7 @@ def _parameter_sums(
         kind_of(x.dtype), width, 1, 1, ELEMENT, _kind(epilogue.weight), _kind(epilogue.bias),
         epilogue.residual is not None, _activation(epilogue), False, mean is not None,
     )  # fmt: skip
-    threads = min(LIMITS.block, 128)
+    threads = min(BLOCK, 128)
     lane_blocks = -(-view.inner // (threads * width))
     bands = row_bands(view, lane_blocks * threads // WARP)
     parts = empty(2 * bands.bands * view.period * view.inner, real(build.kind), x)
@@ -310,7 +314,7 @@ def _input_grad(
     lines = streamed_lines(view, view.inner, width)
     build = _build(view, x, lines, epilogue, mask, mean is not None)
     start(
-        planes.input_grad_kernel(build, *flags), blocks_of(view.slots * lines.chunks), LIMITS.block, x, *arrays,
+        planes.input_grad_kernel(build, *flags), blocks_of(view.slots * lines.chunks), BLOCK, x, *arrays,
         *statistics, lines.chunks, lines.chunk, view.slots, lines.values, lines.length, lines.pitch, lines.jump,
         lines.turn, view.period, view.width, view.run, _positions(view),
     )  # fmt: skip
@@ -323,7 +327,7 @@ def _slot_sums(view: View, sums: Sums, weight: Array | None) -> Array:
     result = empty(2 * view.slots, np.float64, sums[0])
     weight = None if element else weight
     start(
-        finish.weigh_kernel(_kind(weight)), blocks_for(view.slots), LIMITS.block, sums[0], *sums, weight, result,
+        finish.weigh_kernel(_kind(weight)), blocks_for(view.slots), BLOCK, sums[0], *sums, weight, result,
         view.slots, view.period, per_slot,
     )  # fmt: skip
     return result
@@ -386,7 +390,7 @@ def merge_moments(
     slots = _size(mean_a)
     mean, m2 = empty(slots, np.float64, mean_a), empty(slots, np.float64, mean_a)
     start(
-        finish.merge_kernel(), blocks_for(slots), LIMITS.block, mean_a, float(n_a), mean_a, m2_a, float(n_b), mean_b,
+        finish.merge_kernel(), blocks_for(slots), BLOCK, mean_a, float(n_a), mean_a, m2_a, float(n_b), mean_b,
         m2_b, mean, m2, slots,
     )  # fmt: skip
     return n_a + n_b, mean, m2
@@ -402,9 +406,11 @@ def update_running(
     """
     slots = _size(mean)
     skipped = empty(slots, np.float64, mean)
-    kernel = finish.update_kernel(kind_of(running_mean.dtype), kind_of(running_var.dtype), var is not None, guard)
+    kernel = finish.update_kernel(
+        kind_of(running_mean.dtype), kind_of(running_var.dtype), var is not None, guard
+    )
     start(
-        kernel, blocks_for(slots), LIMITS.block, mean, running_mean, running_var, mean, var, float(momentum), skipped,
+        kernel, blocks_for(slots), BLOCK, mean, running_mean, running_var, mean, var, float(momentum), skipped,
         slots,
     )  # fmt: skip
     return skipped
@@ -431,7 +437,7 @@ def _positions(view: View) -> int:
 
 def _teams(teams: int, warps: int) -> tuple[int, int]:
     """Blocks and threads for so many teams: one of several warps to a block, or as many of one warp as it has."""
-    return (teams, warps * WARP) if warps > 1 else (blocks_of(teams), LIMITS.block)
+    return (teams, warps * WARP) if warps > 1 else (blocks_of(teams), BLOCK)
 
 
 def _weighed(epilogue: Epilogue, element: bool) -> Epilogue:
@@ -467,10 +473,13 @@ def _activation(epilogue: Epilogue) -> tuple[str, float] | None:
     return ("leaky_relu", float(marker)) if isinstance(marker, (float, np.floating)) else ("silu", 0.0)
 
 
-def _build(view: View, x: Array, lines: Lines, epilogue: Epilogue, mask: Mask | None, centered: bool) -> Build:
+def _build(
+    view: View, x: Array, lines: Lines, epilogue: Epilogue, mask: Mask | None, centered: bool
+) -> Build:
     return Build(
         kind_of(x.dtype), lines.width, lines.steps, lines.warps, parameter_rule(view), _kind(epilogue.weight),
         _kind(epilogue.bias), epilogue.residual is not None, _activation(epilogue), mask is not None, centered,
+        view.outer == 1,
     )  # fmt: skip
 
 

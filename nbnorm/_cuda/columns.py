@@ -14,7 +14,8 @@ import numpy as np
 from numba import cuda
 
 from nbnorm._cuda.collective import sync
-from nbnorm._cuda.memory import FLOAT64, device, get, load, put, real, store
+from nbnorm._cuda.memory import BLOCK, FLOAT64, device, get, load, put, real, store
+from nbnorm._cuda.memory import kernel as compiled
 from nbnorm._cuda.pieces import ABSENT, Build, activation_of
 from nbnorm._math import (
     affine,
@@ -31,8 +32,8 @@ from nbnorm._math import (
 TILE_ROWS = 64
 # Rows of which a thread takes the shift of its sums: the first of its tile.
 LEADING = 8
-# Threads of a block at most.
-BLOCK = 256
+# A shifted sum of squares this much larger than m2 has cancelled too many bits.
+CANCELLATION = 4.0
 
 
 @device
@@ -55,43 +56,60 @@ def _mask_weight(number: Any, has_mask: bool) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _careful(kind: int, has_mask: bool) -> Any:
-    """Return the function that takes one lane's moments over a tile again, in range of every finite input."""
+def _careful(kind: int, width: int, has_mask: bool) -> Any:
+    """Return the function that takes a tile's moments again, in range of every finite input.
+
+    The mean relative to an element, then squares in units of the largest deviation: three more passes over rows.
+    """
     number = real(kind)
     zero, smallest = number(0), number(1e-30 if number is np.float32 else 1e-290)
     mask_weight = _mask_weight(number, has_mask)
 
     @device
-    def careful_moments(x, mask, row_of_mask, run, lane, base, first, end, stride, row):
-        shift, n, total = zero, zero, zero
+    def careful(
+        x, mask, row_of_mask, run, lane, base, first, end, stride, row, counted, shift, top, total, squares
+    ):
+        held = cuda.local.array(width, number)
+        for i in range(width):
+            counted[i], shift[i], top[i], total[i], squares[i] = zero, zero, smallest, zero, zero
         for r in range(first, end, stride):
-            w = mask_weight(mask, row_of_mask, r, run, lane)
-            if w > zero:
-                value = number(get(x, base + r * row, kind))
-                if n == zero:
-                    shift = value
-                n += w
-                total += w * (value - shift)
-        if n == zero:
-            return 0.0, 0.0, 0.0
-        mean_hi = shift + total / n
-        top = smallest
+            load(held, 0, x, base + r * row, kind, width)
+            for i in range(width):
+                w = mask_weight(mask, row_of_mask, r, run, lane + i)
+                if w > zero:
+                    if counted[i] == zero:
+                        shift[i] = held[i]
+                    counted[i] += w
+                    total[i] += w * (held[i] - shift[i])
+        for i in range(width):
+            if counted[i] > zero:
+                shift[i] += total[i] / counted[i]
+            total[i] = zero
         for r in range(first, end, stride):
-            if mask_weight(mask, row_of_mask, r, run, lane) > zero:
-                top = max(top, abs(number(get(x, base + r * row, kind)) - mean_hi))
-        total, squares, scale = zero, zero, number(1) / top
+            load(held, 0, x, base + r * row, kind, width)
+            for i in range(width):
+                if mask_weight(mask, row_of_mask, r, run, lane + i) > zero:
+                    top[i] = max(top[i], abs(held[i] - shift[i]))
         for r in range(first, end, stride):
-            w = mask_weight(mask, row_of_mask, r, run, lane)
-            if w > zero:
-                d = (number(get(x, base + r * row, kind)) - mean_hi) * scale
-                total += w * d
-                squares += w * d * d
-        wide_n, wide_top = np.float64(n), np.float64(top)
-        correction = np.float64(total) / wide_n
-        m2 = (np.float64(squares) - np.float64(total) * correction) * wide_top * wide_top
-        return wide_n, np.float64(mean_hi) + correction * wide_top, 0.0 if m2 < 0.0 else m2
+            load(held, 0, x, base + r * row, kind, width)
+            for i in range(width):
+                w = mask_weight(mask, row_of_mask, r, run, lane + i)
+                if w > zero:
+                    d = (held[i] - shift[i]) / top[i]
+                    total[i] += w * d
+                    squares[i] += w * d * d
 
-    return careful_moments
+    return careful
+
+
+@device
+def _corrected(shift, total, squares, n, unit):
+    """Mean and m2 from the sums about a shift, in units of ``unit``."""
+    if not n > 0.0:
+        return 0.0, 0.0
+    correction = total / n
+    m2 = (squares - total * correction) * unit * unit
+    return shift + correction * unit, 0.0 if m2 < 0.0 else m2
 
 
 @lru_cache(maxsize=64)
@@ -101,7 +119,7 @@ def moments_kernel(b: Build) -> Any:
     zero = number(0)
     tiny = 1e-25 if number is np.float32 else 1e-280
     mask_weight = _mask_weight(number, has_mask)
-    careful_moments = _careful(b.kind, has_mask)
+    careful = _careful(b.kind, width, has_mask)
 
     def kernel(x, mask, parts, lane_blocks, chunks, chunk, lanes, rows, group, inner, period, run, positions):
         batch, part, lane = locate(cuda.blockIdx.x, lane_blocks, chunks, cuda.blockDim.x, width)
@@ -112,6 +130,8 @@ def moments_kernel(b: Build) -> Any:
         total = cuda.local.array(width, number)
         squares = cuda.local.array(width, number)
         counted = cuda.local.array(width, number)
+        trusted = cuda.local.array(width, number)
+        top = cuda.local.array(width, number)
         n = cuda.local.array(width, np.float64)
         mean = cuda.local.array(width, np.float64)
         m2 = cuda.local.array(width, np.float64)
@@ -148,17 +168,32 @@ def moments_kernel(b: Build) -> Any:
                         total[i] += d
                         squares[i] += d * d
             size = np.float64((last - first + deep - 1) // deep)
+            suspect = False
             for i in range(width):
                 own_n = np.float64(counted[i]) if has_mask else size
                 wide_squares = np.float64(squares[i])
-                correction = np.float64(total[i]) / own_n if own_n > 0.0 else 0.0
-                own_mean = np.float64(shift[i]) + correction
-                own_m2 = wide_squares - np.float64(total[i]) * correction
-                if not (tiny <= wide_squares < np.inf and 4.0 * own_m2 >= wide_squares):
-                    own_n, own_mean, own_m2 = careful_moments(
-                        x, mask, row_of_mask, run, lane + i, base + i, first, last, deep, lanes
-                    )
-                n[i], mean[i], m2[i] = merge(n[i], mean[i], m2[i], own_n, own_mean, own_m2)
+                own_mean, own_m2 = _corrected(
+                    np.float64(shift[i]), np.float64(total[i]), wide_squares, own_n, 1.0
+                )
+                fine = tiny <= wide_squares < np.inf and CANCELLATION * own_m2 >= wide_squares
+                trusted[i] = number(1) if fine else zero
+                if fine:
+                    n[i], mean[i], m2[i] = merge(n[i], mean[i], m2[i], own_n, own_mean, own_m2)
+                else:
+                    suspect = True
+            if suspect:
+                careful(
+                    x, mask, row_of_mask, run, lane, base, first, last, deep, lanes, counted, shift, top, total,
+                    squares,
+                )  # fmt: skip
+                for i in range(width):
+                    if trusted[i] == zero:
+                        own_n = np.float64(counted[i])
+                        own_mean, own_m2 = _corrected(
+                            np.float64(shift[i]), np.float64(total[i]), np.float64(squares[i]), own_n,
+                            np.float64(top[i]),
+                        )  # fmt: skip
+                        n[i], mean[i], m2[i] = merge(n[i], mean[i], m2[i], own_n, own_mean, own_m2)
         thread = depth * cuda.blockDim.x + cuda.threadIdx.x
         for i in range(width):
             sync()
@@ -178,7 +213,7 @@ def moments_kernel(b: Build) -> Any:
                 for j in range(3):
                     put(parts, at + j, shared[thread, j], FLOAT64)
 
-    return cuda.jit(kernel)
+    return compiled(BLOCK)(kernel)
 
 
 @lru_cache(maxsize=64)
@@ -232,7 +267,7 @@ def apply_kernel(b: Build) -> Any:
                     held[i] = activated(z)
                 store(y, at, held, 0, kind, width)
 
-    return cuda.jit(kernel)
+    return compiled(BLOCK)(kernel)
 
 
 @lru_cache(maxsize=64)
@@ -325,7 +360,7 @@ def grad_sums_kernel(b: Build) -> Any:
                 exact = recentered(shared[thread, 1], shared[thread, 0], m, np.float64(mean_hi[i]), s)
                 put(parts, at + 1, exact, FLOAT64)
 
-    return cuda.jit(kernel)
+    return compiled(BLOCK)(kernel)
 
 
 @lru_cache(maxsize=64)
@@ -397,4 +432,4 @@ def input_grad_kernel(b: Build, constant: bool, writes_residual: bool) -> Any:
                     store(dresidual, at, held, 0, kind, width)
                 store(dx, at, incoming, 0, kind, width)
 
-    return cuda.jit(kernel)
+    return compiled(BLOCK)(kernel)

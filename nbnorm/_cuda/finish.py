@@ -10,12 +10,13 @@ import numpy as np
 from numba import cuda
 
 from nbnorm._cuda.collective import WARP, from_lane, sync, warp_sum
-from nbnorm._cuda.memory import FLOAT64, get, put
+from nbnorm._cuda.memory import BLOCK, FLOAT64, get, put
+from nbnorm._cuda.memory import kernel as compiled
 from nbnorm._cuda.pieces import ABSENT
 from nbnorm._math import blend, merge, reciprocal_std
 
 # Threads of a block of `fold`: across parameters and down the parts.
-FOLD_DEPTH = 8
+FOLD_DEPTH = BLOCK // WARP
 
 
 @lru_cache(maxsize=8)
@@ -23,12 +24,12 @@ def moments_kernel(centered: bool) -> Any:
     """Merge the parts of every slot: a warp each, whose lanes take every so many parts and then meet in pairs."""
     steps = WARP.bit_length() - 1
 
-    def kernel(parts, mean, m2, slots, count):
+    def kernel(parts, mean, m2, slots, each):
         slot = (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) // WARP
         lane = cuda.threadIdx.x % WARP
         if slot < slots:
             n, slot_mean, slot_m2 = 0.0, 0.0, 0.0
-            for i in range(slot * count + lane, (slot + 1) * count, WARP):
+            for i in range(slot * each + lane, (slot + 1) * each, WARP):
                 part_n, part_mean = get(parts, 3 * i, FLOAT64), get(parts, 3 * i + 1, FLOAT64)
                 n, slot_mean, slot_m2 = merge(
                     n, slot_mean, slot_m2, part_n, part_mean, get(parts, 3 * i + 2, FLOAT64)
@@ -47,19 +48,19 @@ def moments_kernel(centered: bool) -> Any:
                 if centered:
                     put(mean, slot, slot_mean, FLOAT64)
 
-    return cuda.jit(kernel)
+    return compiled(BLOCK)(kernel)
 
 
 @lru_cache(maxsize=1)
 def sums_kernel() -> Any:
     """Add the parts of every unit up: a warp each."""
 
-    def kernel(parts, sum_dz, sum_dz_x_hat, units, count):
+    def kernel(parts, sum_dz, sum_dz_x_hat, units, each):
         unit = (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) // WARP
         lane = cuda.threadIdx.x % WARP
         if unit < units:
             a, c = 0.0, 0.0
-            for i in range(unit * count + lane, (unit + 1) * count, WARP):
+            for i in range(unit * each + lane, (unit + 1) * each, WARP):
                 a += get(parts, 2 * i, FLOAT64)
                 c += get(parts, 2 * i + 1, FLOAT64)
             a, c = warp_sum(a), warp_sum(c)
@@ -67,7 +68,7 @@ def sums_kernel() -> Any:
                 put(sum_dz, unit, a, FLOAT64)
                 put(sum_dz_x_hat, unit, c, FLOAT64)
 
-    return cuda.jit(kernel)
+    return compiled(BLOCK)(kernel)
 
 
 @lru_cache(maxsize=8)
@@ -87,7 +88,7 @@ def weigh_kernel(weight_kind: int) -> Any:
             put(sums, 2 * slot, a, FLOAT64)
             put(sums, 2 * slot + 1, c, FLOAT64)
 
-    return cuda.jit(kernel)
+    return compiled(BLOCK)(kernel)
 
 
 @lru_cache(maxsize=8)
@@ -113,7 +114,7 @@ def fold_kernel(kind: int) -> Any:
                 total += shared[i, cuda.threadIdx.x]
             put(result, parameter, total, FLOAT64)
 
-    return cuda.jit(kernel)
+    return compiled(BLOCK)(kernel)
 
 
 @lru_cache(maxsize=2)
@@ -126,7 +127,7 @@ def rstd_kernel(counted: bool) -> Any:
             n = get(counts, slot // period, FLOAT64) if counted else count
             put(result, slot, reciprocal_std(get(m2, slot, FLOAT64), n, eps), FLOAT64)
 
-    return cuda.jit(kernel)
+    return compiled(BLOCK)(kernel)
 
 
 @lru_cache(maxsize=1)
@@ -142,7 +143,7 @@ def merge_kernel() -> Any:
             put(mean, slot, own_mean, FLOAT64)
             put(m2, slot, own_m2, FLOAT64)
 
-    return cuda.jit(kernel)
+    return compiled(BLOCK)(kernel)
 
 
 @lru_cache(maxsize=32)
@@ -171,4 +172,4 @@ def update_kernel(mean_kind: int, var_kind: int, has_var: bool, guard: bool) -> 
             else:
                 put(skipped, slot, 1.0, FLOAT64)
 
-    return cuda.jit(kernel)
+    return compiled(BLOCK)(kernel)

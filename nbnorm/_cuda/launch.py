@@ -12,9 +12,8 @@ from typing import Any
 
 from nbnorm._cuda import arrays
 from nbnorm._cuda.collective import WARP
-from nbnorm._cuda.columns import BLOCK as COLUMN_BLOCK
 from nbnorm._cuda.columns import TILE_ROWS
-from nbnorm._cuda.memory import SIMULATED, VECTOR_BYTES, itemsize
+from nbnorm._cuda.memory import BLOCK, SIMULATED, VECTOR_BYTES, itemsize
 from nbnorm._cuda.pieces import ELEMENT, RUN, SLOT
 from nbnorm._cuda.rows import BAND_ROWS
 from nbnorm._view import View
@@ -26,8 +25,6 @@ class Limits:
 
     Attributes
     ----------
-    block : int
-        Threads of a block of independent warps.
     teams : tuple of (int, int)
         Warps of a team and the elements that each of its threads may hold, from the smallest team on.
     held : int
@@ -36,7 +33,6 @@ class Limits:
         Warps that keep the device busy: first passes are cut into about as many chunks.
     """
 
-    block: int
     teams: tuple[tuple[int, int], ...]
     held: int
     busy: int
@@ -44,9 +40,9 @@ class Limits:
 
 # Spans from the register counts of gpu.md's trials: 32 floats of x take 48 registers, 64 take 90, none spills; backward
 # holds x, dy and two sums of each element and gets half. `busy`: four warps on each quarter of 132 multiprocessors.
-_DEVICE = Limits(block=256, teams=((1, 32), (4, 32), (8, 32), (16, 32), (16, 64)), held=16, busy=2112)
+_DEVICE = Limits(teams=((1, 32), (4, 32), (8, 32), (16, 32), (16, 64)), held=16, busy=2112)
 # In the simulator a thread is one of the operating system: few of them, yet more than one warp and one step.
-_SIMULATOR = Limits(block=8, teams=((1, 16), (2, 16)), held=8, busy=4)
+_SIMULATOR = Limits(teams=((1, 16), (2, 32)), held=8, busy=4)
 LIMITS = _SIMULATOR if SIMULATED else _DEVICE
 # Positions of a chunk at most, of the pieces that one warp reads.
 MAX_PIECES = 64
@@ -154,11 +150,10 @@ class Lanes:
 def column_lanes(view: View, width: int) -> Lanes:
     """Return the blocks of a walk down columns."""
     lanes = view.group * view.inner
-    block = min(COLUMN_BLOCK, LIMITS.block)
-    across = min(WARP, block, power_of_two(-(-lanes // width)))
-    deep = block // across
+    across = min(WARP, power_of_two(-(-lanes // width)))
+    deep = BLOCK // across
     lane_blocks = -(-lanes // (across * width))
-    wanted = -(-LIMITS.busy * WARP // (block * lane_blocks * max(view.batch, 1)))
+    wanted = -(-LIMITS.busy * WARP // (BLOCK * lane_blocks * max(view.batch, 1)))
     rows = -(-view.outer // wanted)
     chunk = max(deep, min(-(-rows // deep), 8 * TILE_ROWS) * deep)
     return Lanes(width, across, deep, lane_blocks, chunk, -(-view.outer // chunk), lanes)
@@ -189,10 +184,10 @@ def start(kernel: Any, blocks: int, threads: int | tuple[int, int], like: Any, *
 
 
 def blocks_of(warps: int) -> int:
-    """Blocks of `LIMITS.block` threads for so many independent warps."""
-    return -(-warps * WARP // LIMITS.block)
+    """Blocks of `BLOCK` threads for so many independent warps."""
+    return -(-warps * WARP // BLOCK)
 
 
 def blocks_for(threads: int) -> int:
-    """Blocks of `LIMITS.block` threads for so many independent threads."""
-    return -(-threads // LIMITS.block)
+    """Blocks of `BLOCK` threads for so many independent threads."""
+    return -(-threads // BLOCK)

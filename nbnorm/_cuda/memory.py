@@ -14,6 +14,9 @@ from numba import cuda, types
 from numba.cuda import config
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
+if SIMULATED and not config.DISABLE_JIT:
+    # Formulas are compiled without wrappers for Python, from which the simulator calls them.
+    raise RuntimeError("Numba's CUDA simulator runs nbnorm with NUMBA_DISABLE_JIT=1 only")
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = range(4)
 _KINDS = {"float16": FLOAT16, "bfloat16": BFLOAT16, "float32": FLOAT32, "float64": FLOAT64}
 VECTOR_BYTES = 16
@@ -222,6 +225,15 @@ else:
         return types.void(types.int64, types.int64, types.float64, kind), generate
 
 
+# Threads of a block of independent warps or lanes.
+BLOCK = 8 if SIMULATED else 256
+
+
 def device(function: Any) -> Any:
     """Compile a function that kernels call."""
     return cuda.jit(device=True)(function)
+
+
+def kernel(threads: int) -> Any:
+    """Compile a kernel for blocks of at most so many threads, whose registers must suffice for a block."""
+    return cuda.jit if SIMULATED else cuda.jit(launch_bounds=threads)

@@ -40,6 +40,8 @@ class Build(NamedTuple):
         The options of the call.
     activation : tuple of str and float, or None
         Name and slope.
+    whole : bool
+        Whether a slot is one segment, so that every place lies at a constant distance from the first.
     """
 
     kind: int
@@ -53,6 +55,7 @@ class Build(NamedTuple):
     activation: tuple[str, float] | None = None
     has_mask: bool = False
     centered: bool = True
+    whole: bool = False
 
     @property
     def span(self) -> int:
@@ -65,28 +68,43 @@ class Build(NamedTuple):
         return self.warps * WARP
 
     @property
+    def stride(self) -> int:
+        """Positions from one vector of a thread to its next."""
+        return self.team * self.width
+
+    @property
     def needs_z(self) -> bool:
         """Whether the gradient depends on what the activation was given."""
         return self.activation is not None
 
 
-@device
-def first_place(position, origin, length, pitch):
-    """Index of a position of a slot that starts at ``origin``, and its place in its segment."""
-    row = position // length
-    column = position - row * length
-    return origin + row * pitch + column, column
+@lru_cache(maxsize=256)
+def places_of(whole: bool, stride: int) -> tuple[Any, Any]:
+    """Return the functions that find a position of a slot, and the one ``stride`` positions further.
 
+    A place is an index and the column in its segment. ``turn`` columns and the whole rows in ``jump`` make a stride.
+    """
 
-@device
-def next_place(index, column, jump, turn, length, pitch):
-    """Index and column one stride further: ``turn`` columns and the whole rows in ``jump``."""
-    index += jump
-    column += turn
-    if column >= length:
-        column -= length
-        index += pitch - length
-    return index, column
+    @device
+    def first_place(position, origin, length, pitch):
+        if whole:
+            return origin + position, position
+        row = position // length
+        column = position - row * length
+        return origin + row * pitch + column, column
+
+    @device
+    def next_place(index, column, jump, turn, length, pitch):
+        if whole:
+            return index + stride, column + stride
+        index += jump
+        column += turn
+        if column >= length:
+            column -= length
+            index += pitch - length
+        return index, column
+
+    return first_place, next_place
 
 
 @device
@@ -97,8 +115,9 @@ def vectors(thread, start, end, team, width):
 
 
 @lru_cache(maxsize=256)
-def reader(kind: int, width: int, steps: int) -> Any:
+def reader(kind: int, width: int, steps: int, whole: bool, stride: int) -> Any:
     """Return the function that brings a thread's part of a piece into registers."""
+    _, next_place = places_of(whole, stride)
 
     @device
     def read(values, source, index, column, valid, jump, turn, length, pitch):

@@ -14,7 +14,8 @@ import numpy as np
 from numba import cuda
 
 from nbnorm._cuda.collective import WARP, team_sums
-from nbnorm._cuda.memory import FLOAT64, get, load, put, real, store
+from nbnorm._cuda.memory import BLOCK, FLOAT64, get, load, put, real, store
+from nbnorm._cuda.memory import kernel as compiled
 from nbnorm._cuda.pieces import (
     ABSENT,
     ELEMENT,
@@ -23,11 +24,10 @@ from nbnorm._cuda.pieces import (
     activation_of,
     before_activation,
     coefficients_of,
-    first_place,
     mask_reader,
     moments_of,
-    next_place,
     parameters_of,
+    places_of,
     reader,
     vectors,
 )
@@ -37,13 +37,16 @@ from nbnorm._math import gradient_terms, input_gradient, merge, recentered, roun
 @lru_cache(maxsize=256)
 def moments_kernel(b: Build) -> Any:
     """Count, mean and m2 of every chunk: one warp each."""
-    read = reader(b.kind, b.width, b.steps)
+    first_place, _ = places_of(b.whole, b.stride)
+    read = reader(b.kind, b.width, b.steps, b.whole, b.stride)
     read_mask = mask_reader(b.kind, b.width, b.steps, b.warps, b.rule)
     moments = moments_of(b.kind, b.width, b.steps, b.warps, b.has_mask, b.centered)
     number, span, team, width, kind, has_mask = real(b.kind), b.span, b.team, b.width, b.kind, b.has_mask
     mask_span = span if has_mask else 1
 
-    def kernel(x, mask, parts, chunks, chunk, slots, values, length, pitch, jump, turn, period, run, positions):
+    def kernel(
+        x, mask, parts, chunks, chunk, slots, values, length, pitch, jump, turn, period, run, positions
+    ):
         index = (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) // WARP
         lane = cuda.threadIdx.x % WARP
         slot = index // chunks
@@ -69,13 +72,14 @@ def moments_kernel(b: Build) -> Any:
                 put(parts, 3 * index + 1, mean, FLOAT64)
                 put(parts, 3 * index + 2, m2, FLOAT64)
 
-    return cuda.jit(kernel)
+    return compiled(BLOCK)(kernel)
 
 
 @lru_cache(maxsize=256)
 def apply_kernel(b: Build) -> Any:
     """Normalize every chunk by given statistics: one warp each."""
-    read = reader(b.kind, b.width, b.steps)
+    first_place, next_place = places_of(b.whole, b.stride)
+    read = reader(b.kind, b.width, b.steps, b.whole, b.stride)
     coefficients = coefficients_of(b.kind, b.rule, b.weight, b.bias)
     read_weight, read_bias = (parameters_of(b.kind, b.width, b.rule, p) for p in (b.weight, b.bias))
     z_of = before_activation(b.rule, b.weight != ABSENT, b.bias != ABSENT, b.has_residual)
@@ -121,7 +125,7 @@ def apply_kernel(b: Build) -> Any:
                         store(y, place, held, k * width, kind, width)
                     place, column = next_place(place, column, jump, turn, length, pitch)
 
-    return cuda.jit(kernel)
+    return compiled(BLOCK)(kernel)
 
 
 @lru_cache(maxsize=256)
@@ -131,7 +135,8 @@ def grad_sums_kernel(b: Build) -> Any:
     A unit is what shares a parameter within a slot: a run, or all of the slot. Where every element has a
     parameter of its own, the unit is the slot and the sums are those of g = dz * weight.
     """
-    read = reader(b.kind, b.width, b.steps)
+    first_place, next_place = places_of(b.whole, b.stride)
+    read = reader(b.kind, b.width, b.steps, b.whole, b.stride)
     coefficients = coefficients_of(b.kind, b.rule, b.weight, b.bias)
     read_weight, read_bias = (parameters_of(b.kind, b.width, b.rule, p) for p in (b.weight, b.bias))
     z_of = before_activation(b.rule, b.weight != ABSENT, b.bias != ABSENT, b.has_residual)
@@ -196,13 +201,14 @@ def grad_sums_kernel(b: Build) -> Any:
                 exact = recentered(sum_dz_x_hat, sum_dz, slot_mean, np.float64(mean_hi), slot_rstd)
                 put(parts, 2 * index + 1, exact, FLOAT64)
 
-    return cuda.jit(kernel)
+    return compiled(BLOCK)(kernel)
 
 
 @lru_cache(maxsize=256)
 def input_grad_kernel(b: Build, constant: bool, writes_residual: bool) -> Any:
     """Dx (and dresidual = dz) of every chunk for given sums over the slots: one warp each."""
-    read = reader(b.kind, b.width, b.steps)
+    first_place, next_place = places_of(b.whole, b.stride)
+    read = reader(b.kind, b.width, b.steps, b.whole, b.stride)
     read_mask = mask_reader(b.kind, b.width, 1, b.warps, b.rule)
     coefficients = coefficients_of(b.kind, b.rule, b.weight, b.bias)
     read_weight, read_bias = (parameters_of(b.kind, b.width, b.rule, p) for p in (b.weight, b.bias))
@@ -287,4 +293,4 @@ def input_grad_kernel(b: Build, constant: bool, writes_residual: bool) -> Any:
                     position += team * width
                     place, column = next_place(place, column, jump, turn, length, pitch)
 
-    return cuda.jit(kernel)
+    return compiled(BLOCK)(kernel)

@@ -14,7 +14,8 @@ import numpy as np
 from numba import cuda
 
 from nbnorm._cuda.collective import SHARED, sync, team_sums
-from nbnorm._cuda.memory import FLOAT32, FLOAT64, get, load, put, real, store
+from nbnorm._cuda.memory import BLOCK, FLOAT32, FLOAT64, get, load, put, real, store
+from nbnorm._cuda.memory import kernel as compiled
 from nbnorm._cuda.pieces import (
     ABSENT,
     SLOT,
@@ -22,11 +23,10 @@ from nbnorm._cuda.pieces import (
     activation_of,
     before_activation,
     coefficients_of,
-    first_place,
     mask_reader,
     moments_of,
-    next_place,
     parameters_of,
+    places_of,
     reader,
     vectors,
 )
@@ -45,7 +45,8 @@ from nbnorm._math import (
 @lru_cache(maxsize=256)
 def forward_kernel(b: Build, writes: bool) -> Any:
     """Statistics of a slot per team, and its normalization unless only they are wanted."""
-    read = reader(b.kind, b.width, b.steps)
+    first_place, next_place = places_of(b.whole, b.stride)
+    read = reader(b.kind, b.width, b.steps, b.whole, b.stride)
     read_mask = mask_reader(b.kind, b.width, b.steps, b.warps, b.rule)
     moments = moments_of(b.kind, b.width, b.steps, b.warps, b.has_mask, b.centered)
     coefficients = coefficients_of(b.kind, b.rule, b.weight, b.bias)
@@ -105,7 +106,7 @@ def forward_kernel(b: Build, writes: bool) -> Any:
                         store(y, place, held, k * width, kind, width)
                     place, column = next_place(place, column, jump, turn, length, pitch)
 
-    return cuda.jit(kernel)
+    return compiled(max(b.team, BLOCK))(kernel)
 
 
 @lru_cache(maxsize=256)
@@ -115,7 +116,8 @@ def backward_kernel(b: Build, with_parameters: bool, writes_residual: bool) -> A
     Where a slot has one parameter, its sums are written as they are. Where every element has its own, each thread
     adds up the columns that it holds over the band.
     """
-    read = reader(b.kind, b.width, b.steps)
+    first_place, next_place = places_of(b.whole, b.stride)
+    read = reader(b.kind, b.width, b.steps, b.whole, b.stride)
     read_mask = mask_reader(b.kind, b.width, 1, b.warps, b.rule)
     coefficients = coefficients_of(b.kind, b.rule, b.weight, b.bias)
     read_weight, read_bias = (parameters_of(b.kind, b.width, b.rule, p) for p in (b.weight, b.bias))
@@ -136,8 +138,8 @@ def backward_kernel(b: Build, with_parameters: bool, writes_residual: bool) -> A
     sums_kind = FLOAT64 if kind == FLOAT64 else FLOAT32
 
     def kernel(
-        x, dy, dx, dresidual, weight, bias, residual, mask, mean, rstd, sum_dz, sum_dz_x_hat, parts, counts, count, bands, band,
-        slots, values, length, pitch, jump, turn, period, run, positions,
+        x, dy, dx, dresidual, weight, bias, residual, mask, mean, rstd, sum_dz, sum_dz_x_hat, parts, counts, count,
+        bands, band, slots, values, length, pitch, jump, turn, period, run, positions,
     ):  # fmt: skip
         thread = cuda.threadIdx.x % team
         index = (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) // team
@@ -239,7 +241,7 @@ def backward_kernel(b: Build, with_parameters: bool, writes_residual: bool) -> A
                         store(parts, place, column_dz, k * width, sums_kind, width)
                         store(parts, place + values, column_dz_x_hat, k * width, sums_kind, width)
 
-    return cuda.jit(kernel)
+    return compiled(max(b.team, BLOCK))(kernel)
 
 
 # Rows of a band at most: as many terms of a parameter's sum meet in the array's own type.
@@ -262,7 +264,9 @@ def parameter_sums_kernel(b: Build) -> Any:
     parameter_span = width if needs_z else 1
     sums_kind = FLOAT64 if kind == FLOAT64 else FLOAT32
 
-    def kernel(x, dy, weight, bias, residual, mean, rstd, parts, lane_blocks, bands, band, slots, values, period):
+    def kernel(
+        x, dy, weight, bias, residual, mean, rstd, parts, lane_blocks, bands, band, slots, values, period
+    ):
         column = (cuda.blockIdx.x % lane_blocks * cuda.blockDim.x + cuda.threadIdx.x) * width
         index = cuda.blockIdx.x // lane_blocks
         terms = cuda.shared.array((BAND_ROWS, 3), number)
@@ -304,4 +308,4 @@ def parameter_sums_kernel(b: Build) -> Any:
             store(parts, 2 * index * values + column, sum_dz, 0, sums_kind, width)
             store(parts, 2 * index * values + values + column, sum_dz_x_hat, 0, sums_kind, width)
 
-    return cuda.jit(kernel)
+    return compiled(BLOCK)(kernel)
