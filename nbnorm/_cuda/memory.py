@@ -230,8 +230,8 @@ BLOCK = 8 if SIMULATED else 256
 
 
 def device(function: Any) -> Any:
-    """Compile a function that kernels call."""
-    return cuda.jit(device=True)(function)
+    """Compile a function that kernels call; only inside of them can register arrays stay in registers."""
+    return cuda.jit(device=True)(function) if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
 
 
 def kernel(threads: int) -> Any:
