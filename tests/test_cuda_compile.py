@@ -69,7 +69,12 @@ VECTORS = [
 ]  # fmt: skip
 READERS = [
     Kernel("planes moments", lambda: planes.moments_kernel(build(FLOAT32, 4, 4, 1)), 256, 80),
-    Kernel("planes moments, masked", lambda: planes.moments_kernel(build(FLOAT32, 4, 4, 1, has_mask=True)), 256, 104),
+    Kernel(
+        "planes moments, masked",
+        lambda: planes.moments_kernel(build(FLOAT32, 4, 4, 1, has_mask=True)),
+        256,
+        104,
+    ),
     Kernel("planes grad_sums", lambda: planes.grad_sums_kernel(build(FLOAT32, 4, 4, 1)), 256, 88),
     Kernel("columns moments", lambda: columns.moments_kernel(build(FLOAT32, 4, 1, 1)), 256, 128),
     Kernel("columns moments, half", lambda: columns.moments_kernel(build(FLOAT16, 8, 1, 1)), 256, 200),
@@ -109,7 +114,9 @@ def ptx(kernel, cc=(9, 0)):
     from numba import cuda
 
     python = kernel.py_func
-    arguments = [types.float64 if name in FLOATS else types.int64 for name in inspect.signature(python).parameters]
+    arguments = [
+        types.float64 if name in FLOATS else types.int64 for name in inspect.signature(python).parameters
+    ]
     try:
         text, _ = cuda.compile(
             python, types.void(*arguments), cc=cc, output="ptx", device=False, abi="numba",
@@ -195,15 +202,25 @@ def test_single_elements_need_no_alignment(kernel):
 
 
 def double_arithmetic(text):
-    return len(re.findall(r"\b(?:add|sub|mul|div|fma|cvt|max|min)(?:\.rn|\.rz|\.approx)*\.(?:f64|f32\.f64|f64\.f32)", text))
+    return len(
+        re.findall(
+            r"\b(?:add|sub|mul|div|fma|cvt|max|min)(?:\.rn|\.rz|\.approx)*\.(?:f64|f32\.f64|f64\.f32)", text
+        )
+    )
 
 
 FACTORIES = {
-    "forward": lambda steps: rows.forward_kernel(build(FLOAT32, 4, steps, 4, parameters=FLOAT32, **ROW), True),
-    "backward": lambda steps: rows.backward_kernel(build(FLOAT32, 4, steps, 4, parameters=FLOAT32, **ROW), True, False),
+    "forward": lambda steps: rows.forward_kernel(
+        build(FLOAT32, 4, steps, 4, parameters=FLOAT32, **ROW), True
+    ),
+    "backward": lambda steps: rows.backward_kernel(
+        build(FLOAT32, 4, steps, 4, parameters=FLOAT32, **ROW), True, False
+    ),
     "moments": lambda steps: planes.moments_kernel(build(FLOAT32, 4, steps, 1)),
     "apply": lambda steps: planes.apply_kernel(build(FLOAT32, 4, steps, 1, parameters=FLOAT32)),
-    "input_grad": lambda steps: planes.input_grad_kernel(build(FLOAT32, 4, steps, 1, parameters=FLOAT32), False, False),
+    "input_grad": lambda steps: planes.input_grad_kernel(
+        build(FLOAT32, 4, steps, 1, parameters=FLOAT32), False, False
+    ),
 }
 
 

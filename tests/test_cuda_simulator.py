@@ -14,8 +14,9 @@ TESTS = Path(__file__).parent
 TIME_LIMIT = 300
 
 
-def test_kernels_in_the_simulator():
-    """All of simulated.py passes where Numba's simulator stands in for a device."""
+@pytest.mark.parametrize("tests", ["simulated.py", "simulated_calls.py"])
+def test_in_the_simulator(tests):
+    """All tests of a file pass where Numba's simulator stands in for a device."""
     pytest.importorskip("ml_dtypes")
     environment = {
         **os.environ,
@@ -24,7 +25,7 @@ def test_kernels_in_the_simulator():
         "PYTHONPATH": os.pathsep.join([str(Path(nbnorm.__file__).parents[1]), str(TESTS)]),
     }
     options = ["-q", "-x", "--noconftest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
-    command = [sys.executable, "-m", "pytest", *options, "simulated.py"]
+    command = [sys.executable, "-m", "pytest", *options, tests]
     done = subprocess.run(
         command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT, check=False
     )

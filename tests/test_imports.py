@@ -18,15 +18,18 @@ LEVELS = [
     {"__main__"},
     {"tools", "torch", "conventions"},
     {"layers"},
-    {"functional", "norms", "phases"},
-    {"_batch", "_slots", "_gradients"},
-    {"running", "_layout"},
+    {"functional", "group_norms", "layer_norms", "phases"},
+    {"_ghost"},
+    {"_batch", "_gradients"},
+    {"_call"},
+    {"_masks", "_layout", "running"},
     {"saved"},
     {"moments"},
     {"_checks"},
     {"_dispatch"},
     {"_cpu", "_cuda"},
-    {"_view", "_math"},
+    {"_activation"},
+    {"_libraries", "_math", "_options", "_view"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 

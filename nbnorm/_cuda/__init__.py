@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm._cuda import columns, finish, planes, rows
-from nbnorm._cuda.arrays import empty, is_aligned, zeros
+from nbnorm._cuda.arrays import empty, is_aligned, total, zeros
 from nbnorm._cuda.collective import WARP
 from nbnorm._cuda.launch import (
     Lines,
@@ -188,7 +188,7 @@ def _no_sums(view: View, x: Array) -> Sums:
 
 
 def _run_sums(view: View, x: Array, dy: Array, mean: Array | None, rstd: Array, epilogue: Epilogue) -> Sums:
-    """Sums of dz and of dz * x_hat of every run of every slot; of g and of g * x_hat of a slot where runs are elements."""
+    """Sums of dz and of dz * x_hat of every run of every slot; where runs are elements, those of g of a slot."""
     if view.traversal == "columns":
         return _column_sums(view, x, dy, mean, rstd, epilogue)
     element = parameter_rule(view) == ELEMENT
@@ -401,8 +401,8 @@ def update_running(
 ) -> Any:
     """Blend batch statistics into the running ones; ``guard`` leaves out slots that would become non-finite.
 
-    Without a variance only the mean is blended. Returns 1 for every slot left out, on the device: counting them
-    would wait for it.
+    Without a variance only the mean is blended. Returns the number of slots left out, on the device: reading it would
+    wait for it.
     """
     slots = _size(mean)
     skipped = empty(slots, np.float64, mean)
@@ -413,7 +413,7 @@ def update_running(
         kernel, blocks_for(slots), BLOCK, mean, running_mean, running_var, mean, var, float(momentum), skipped,
         slots,
     )  # fmt: skip
-    return skipped
+    return total(skipped) if guard else 0
 
 
 def _size(x: Any) -> int:

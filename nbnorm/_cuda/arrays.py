@@ -15,12 +15,7 @@ import numpy as np
 from numba import cuda
 
 from nbnorm._cuda.memory import SIMULATED, Memory
-
-
-def is_cupy(x: Any) -> bool:
-    """Whether an array is CuPy's."""
-    cupy = sys.modules.get("cupy")
-    return cupy is not None and isinstance(x, cupy.ndarray)
+from nbnorm._libraries import is_cupy
 
 
 def empty(shape: int | tuple[int, ...], dtype: Any, like: Any) -> Any:
@@ -41,6 +36,11 @@ def zeros(shape: int | tuple[int, ...], dtype: Any, like: Any) -> Any:
     else:
         result.copy_to_device(np.zeros(shape, dtype))
     return result
+
+
+def total(x: Any) -> Any:
+    """Return the sum of an array, on its device; of one of Numba's, which cannot add, the array."""
+    return x.sum() if is_cupy(x) else x
 
 
 def address(x: Any) -> Any:
