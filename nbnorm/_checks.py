@@ -17,14 +17,14 @@ SMALL_BATCH = ("error", "warn", "zero", "running")
 NONFINITE = ("propagate", "skip", "raise")
 
 
-def array(name: str, x: Any) -> np.ndarray:
+def array(name: str, x: Any) -> Any:
     """Return a native, aligned float array that shares the memory of x where it can."""
     if type(x) is np.ndarray and x.dtype in PARAMETERS and x.flags.aligned:
         return x
     if is_cupy(x):
         if not supported(x.dtype):
             _float_dtype(name, x.dtype)
-        return x  # type: ignore[no-any-return]
+        return x
     if type_name(x) != "torch.Tensor" and is_foreign(x):
         raise TypeError(
             f"{name} is a {type_name(x)} on a CUDA device, unlike the array that the call is about"
@@ -163,8 +163,8 @@ def activation(value: Any) -> tuple[str, float] | None:
     return name, slope
 
 
-def mask(value: Any, expected: tuple[int, ...]) -> np.ndarray:
-    """Return the weights of a mask, broadcast to the shape of x without its channels; on a device their signs go unchecked."""
+def mask(value: Any, expected: tuple[int, ...]) -> Any:
+    """Return the weights of a mask, broadcast to the shape of x without its channels; unchecked on a device."""
     if is_foreign(value) or isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"mask must be an array like x, got {type_name(value)}")
     on_device = is_cupy(value)
@@ -238,14 +238,14 @@ def num_groups(value: Any, channels: int) -> int:
     return groups
 
 
-def statistic(name: str, value: Any, channels: int) -> np.ndarray:
+def statistic(name: str, value: Any, channels: int) -> Any:
     """Return a mean or variance that is read, with one entry per channel."""
     checked = array(name, value)
     shape(name, checked, (channels,))
     return checked
 
 
-def running(name: str, value: Any, channels: int) -> np.ndarray:
+def running(name: str, value: Any, channels: int) -> Any:
     """Return a running statistic that will be updated in place."""
     if not isinstance(value, np.ndarray) and not is_cupy(value):
         raise TypeError(f"{name} must be a NumPy array, which is updated in place, got {type_name(value)}")
@@ -307,7 +307,7 @@ def _writeable(x: Any) -> bool:
 
 
 def together(*named: tuple[str, Any]) -> None:
-    """Refuse arrays of different libraries or devices, the first of which is what the call is about; None is anywhere."""
+    """Refuse arrays that are not in the library and on the device of the first one; None is anywhere."""
     first_name, first = named[0]
     for name, value in named[1:]:
         if value is None or (isinstance(value, np.ndarray) and isinstance(first, np.ndarray)):

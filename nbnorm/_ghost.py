@@ -48,7 +48,8 @@ def forward_training(
         settings = settings._replace(rule=settings.rule._replace(nonfinite="propagate"))
     parts = tuple(_normalize(part, pair, settings) for part in calls)
     saved = _call.save(
-        call, "batch_norm", np.stack([part.mean for part in parts]), np.stack([part.rstd for part in parts]),
+        call, "batch_norm", np.stack([part.mean for part in parts if part.mean is not None]),
+        np.stack([part.rstd for part in parts]),
         _batch.count_of(call), None, False, parts=parts,
         places=tuple(where), whole=_moments(calls, parts),
     )  # fmt: skip

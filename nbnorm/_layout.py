@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,18 +18,18 @@ def order(x: np.ndarray) -> tuple[int, ...] | None:
     return memory_order(x.shape, x.strides, x.itemsize)
 
 
-def pack(x: np.ndarray) -> np.ndarray:
+def pack(x: np.ndarray) -> Any:
     """Copy an array into memory without gaps, its axes in the same order."""
     packed = empty_like(x)
     packed[...] = x
     return packed
 
 
-def empty_like(x: np.ndarray) -> np.ndarray:
+def empty_like(x: Any) -> Any:
     """Return a new array of the shape, type, memory order and library of another one."""
     if isinstance(x, np.ndarray):
         return np.empty_like(x, subok=False)
-    return library(x).empty_like(x)  # type: ignore[no-any-return]
+    return library(x).empty_like(x)
 
 
 Planner = Callable[[tuple[int, ...], tuple[int, ...], int], View | None]
@@ -55,12 +56,12 @@ def plan(
     return packed, view, tuple(axes)
 
 
-def result(saved: Saved) -> np.ndarray:
+def result(saved: Saved) -> Any:
     """Return a new array for dx in the memory order of the x that came."""
     if saved.order is None:
         return empty_like(saved.x)
     memory = library(saved.x).empty([saved.x.shape[axis] for axis in saved.order], saved.x.dtype)
-    return memory.transpose(inverse(saved.order))  # type: ignore[no-any-return]
+    return memory.transpose(inverse(saved.order))
 
 
 def inverse(axes: Sequence[int]) -> tuple[int, ...]:
@@ -68,7 +69,7 @@ def inverse(axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(axis) for axis in np.argsort(axes))
 
 
-def arrange(x: np.ndarray, like: np.ndarray) -> np.ndarray:
+def arrange(x: np.ndarray, like: np.ndarray) -> Any:
     """Return an array of equal shape in the memory order of another one, copied only if it differs."""
     if x.strides == like.strides or order(x) == order(like):
         return x
@@ -77,7 +78,7 @@ def arrange(x: np.ndarray, like: np.ndarray) -> np.ndarray:
     return arranged
 
 
-def workspace(out: np.ndarray | None, like: np.ndarray, *inputs: np.ndarray) -> np.ndarray:
+def workspace(out: np.ndarray | None, like: np.ndarray, *inputs: np.ndarray) -> Any:
     """Return where a kernel may write: ``out`` itself, or a new array if its memory does not allow that.
 
     A buffer that coincides with an input is fine, since every element is read before it is written; one

@@ -36,7 +36,7 @@ def single(mask: Mask | None, view: View) -> bool:
     return bool(mask.counts.size == 1 and mask.counts[0] == 1.0 and np.count_nonzero(mask.weights) == 1)
 
 
-def without_uncounted(x: Array, mask: Mask, sample_axis: int) -> Array:
+def without_uncounted(x: Array, mask: Mask, sample_axis: int) -> Any:
     """Return x with zeros wherever no value counts at all, so that its NaN leave no trace there."""
     empty = mask.counts == 0.0
     if not empty.any():
@@ -50,6 +50,6 @@ def without_uncounted(x: Array, mask: Mask, sample_axis: int) -> Array:
     return cleaned
 
 
-def check(value: Any, x_shape: Sequence[int], channel_axis: int) -> Array:
+def check(value: Any, x_shape: Sequence[int], channel_axis: int) -> Any:
     """Return checked weights, broadcast to the shape of x without its channels."""
     return _checks.mask(value, tuple(n for axis, n in enumerate(x_shape) if axis != channel_axis))

@@ -176,8 +176,8 @@ def test_out(cp, rng):
     assert dx is into
     np.testing.assert_allclose(out.get(), expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(dx.get(), expected_dx, rtol=1e-4, atol=1e-5)
+    buffer = on(cp, x)
     with pytest.raises(ValueError, match="shares memory"):
-        buffer = on(cp, x)
         nbnorm.batch_norm_forward(buffer, out=buffer)
 
 

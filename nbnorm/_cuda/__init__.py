@@ -178,7 +178,7 @@ def grad_sums(
         return _no_sums(view, x)
     if view.traversal != "columns" and parameter_rule(view) == ELEMENT:
         return _parameter_sums(view, x, dy, mean, rstd, epilogue)
-    return tuple(_by_parameter(view, sums) for sums in _run_sums(view, x, dy, mean, rstd, epilogue))  # type: ignore[return-value]
+    return tuple(_by_parameter(view, sums) for sums in _run_sums(view, x, dy, mean, rstd, epilogue))
 
 
 def _no_sums(view: View, x: Array) -> Sums:
@@ -459,8 +459,7 @@ def _width(view: View, xs: list[Array | None], epilogue: Epilogue, mask: Mask | 
             arrays += [epilogue.weight, epilogue.bias]
     if mask is not None and view.traversal != "columns" and _positions(view) % 8:
         return 1  # rows of the mask start off a vector
-    (x, *_) = xs
-    return vector_width(kind_of(x.dtype), neighbours, is_aligned(*arrays))
+    return vector_width(_kind(xs[0]), neighbours, is_aligned(*arrays))
 
 
 def _activation(epilogue: Epilogue) -> tuple[str, float] | None:

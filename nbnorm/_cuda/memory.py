@@ -32,7 +32,7 @@ def itemsize(kind: int) -> int:
     return (2, 2, 4, 8)[kind]
 
 
-def real(kind: int) -> type[np.floating[Any]]:
+def real(kind: int) -> Any:
     """Return the type in which elements are computed: float32 for halves."""
     return np.float64 if kind == FLOAT64 else np.float32
 
