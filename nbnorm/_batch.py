@@ -92,7 +92,7 @@ def normalize_batch(call: Call, pair: Pair | None, settings: Training) -> tuple[
     else:
         y, mean, m2, rstd = _call.forward(call)
         saved = _call.save(call, "batch_norm", mean, rstd, count, m2)
-    warn_of_zero_over_zero(call, m2)
+    _call.warn_of_zero_over_zero(call, m2)
     return y, saved
 
 
@@ -165,12 +165,6 @@ def forward_by_moments(call: Call, m: Moments, constant: bool) -> tuple[Array, S
     """Normalize by moments of the batch that x is a part of."""
     rstd = m.rstd(call.eps)
     y = _call.apply(call, m.mean, rstd)
-    warn_of_zero_over_zero(call, m.m2)
+    _call.warn_of_zero_over_zero(call, m.m2)
     m2 = None if constant else m.m2
     return y, _call.save(call, "batch_norm", m.mean, rstd, m.count, m2, constant)
-
-
-def warn_of_zero_over_zero(call: Call, m2: Array) -> None:
-    """Warn as NumPy does where eps = 0 meets a channel without variance."""
-    if call.eps == 0.0 and call.view.size and not m2.all():
-        _warn.warn(f"invalid value encountered in {call.operation}")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar, overload
 import numpy as np
 
 from nbnorm import _checks
-from nbnorm._dispatch import is_cuda
+from nbnorm._libraries import is_cuda
 
 Array = np.ndarray
 StateT = TypeVar("StateT", bound="State")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm import _checks
-from nbnorm._dispatch import type_name
+from nbnorm._libraries import type_name
 from nbnorm.batch_layer import BatchNorm
 from nbnorm.moments import Moments
 

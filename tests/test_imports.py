@@ -31,7 +31,7 @@ LEVELS = [
     {"_dispatch"},
     {"_cpu", "_cuda"},
     {"_activation"},
-    {"_view", "_math", "_options", "_warn"},
+    {"_libraries", "_math", "_options", "_view", "_warn"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 
