@@ -45,7 +45,8 @@ def _source_digest() -> str | None:
     """Digest of everything that kernels are made of; None where there are no source files, as in a zip."""
     digest = hashlib.sha256()
     try:
-        for path in sorted([*_HERE.glob("*.py"), _HERE.parent / "_math.py"]):
+        shared = [_HERE.parent / name for name in ("_math.py", "_activation.py")]
+        for path in sorted([*_HERE.glob("*.py"), *shared]):
             digest.update(b"%s\0%s\0" % (path.name.encode(), path.read_bytes()))
     except OSError:
         return None

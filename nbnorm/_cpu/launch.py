@@ -9,6 +9,7 @@ import numpy as np
 from numba import njit
 
 from nbnorm._cpu.cache import Cache
+from nbnorm._cpu.halves import computing, stored
 from nbnorm._cpu.team import team
 from nbnorm._math import INNER
 
@@ -64,18 +65,25 @@ def balanced(tasks: int, threads: int) -> bool:
 
 
 def flat(x: np.ndarray) -> np.ndarray:
-    """View a dense array as one dimension in memory order, typed as writable.
+    """View a dense array as kernels take it: one dimension in memory order, halves as integers, typed as writable.
 
     Numba compiles a second kernel for each read-only argument; inputs are never written, so the flag alone
     is not worth one.
     """
-    line = x.ravel("K")
+    line = stored(x.ravel("K"))
     return line if line.flags.writeable else np.asarray(_Writable(line))
 
 
+def optional(x: np.ndarray | None) -> np.ndarray | None:
+    """View an optional array like x as kernels take it."""
+    return None if x is None else flat(x)
+
+
 def line(parameter: np.ndarray | None) -> np.ndarray | None:
-    """View an optional parameter as one dimension in C order."""
-    return None if parameter is None else flat(np.ascontiguousarray(parameter))
+    """View an optional parameter as one dimension in C order, halves widened."""
+    if parameter is None:
+        return None
+    return flat(np.ascontiguousarray(parameter, computing(parameter.dtype)))
 
 
 class _Writable:
