@@ -5,6 +5,7 @@ try:
 except ImportError as error:
     raise ImportError("nbnorm.torch needs PyTorch: pip install 'nbnorm[torch]'") from error
 
+from nbnorm.torch.folding import fold
 from nbnorm.torch.functional import batch_norm, group_norm, instance_norm, layer_norm, rms_norm
 from nbnorm.torch.modules import (
     BatchNorm1d,
@@ -31,6 +32,7 @@ __all__ = [
     "RMSNorm",
     "Replaced",
     "batch_norm",
+    "fold",
     "group_norm",
     "instance_norm",
     "layer_norm",

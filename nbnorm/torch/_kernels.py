@@ -48,7 +48,9 @@ class Running(NamedTuple):
 
 
 @with_torch_threads
-def inference(x: Tensor, weight: MaybeTensor, bias: MaybeTensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+def inference(
+    x: Tensor, weight: MaybeTensor, bias: MaybeTensor, mean: Tensor, var: Tensor, eps: float
+) -> Tensor:
     """Normalize by given statistics; nothing is kept."""
     y = torch.empty_like(x)
     given = array(mean), array(var), optional(weight), optional(bias)

@@ -49,3 +49,13 @@ def differentiable_backward(
     found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
     dx, dweight, dbias = (next(found) if needed else None for needed in need)
     return dx, dweight, dbias
+
+
+ACTIVATIONS = {"relu": functional.relu, "silu": functional.silu}
+
+
+def finish(y: Tensor, activation: str | None, residual: MaybeTensor) -> Tensor:
+    """Add a residual and apply an activation, each where there is one."""
+    if residual is not None:
+        y = y + residual
+    return y if activation is None else ACTIVATIONS[activation](y)

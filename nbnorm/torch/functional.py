@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from nbnorm.torch import _ops, _policy
+from nbnorm.torch import _ops, _policy, _reference
 from nbnorm.torch._autograd import Normalize
 from nbnorm.torch._bridge import DTYPES, strided_on_cpu
 from nbnorm.torch._kernels import MaybeTensor, Running, Spec, Tensor, inference, values_per_slot
@@ -29,6 +29,9 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    residual: MaybeTensor = None,
 ) -> Tensor:
     """Normalize each channel, as `torch.nn.functional.batch_norm` does.
 
@@ -46,6 +49,10 @@ def batch_norm(
         Weight of the batch in the running statistics.
     eps : float
         Added to the variance.
+    activation : {"relu", "silu"}, optional
+        Applied last, in the same pass.
+    residual : torch.Tensor, optional
+        Added to the normalized input, before the activation.
 
     Returns
     -------
@@ -59,6 +66,9 @@ def batch_norm(
     tensor([[-1.],
             [ 1.]])
     """
+    if activation is not None or residual is not None:
+        y = batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        return _reference.finish(y, activation, residual)
     spec = Spec("batch_norm", 0, eps)
     both = running_mean is not None and running_var is not None
     if not ((training or both) and _runs_here(input, weight, bias, spec, running_mean, running_var)):
@@ -229,7 +239,9 @@ def _ends_with(x: Tensor, normalized_shape: Sequence[int]) -> bool:
     return n > 0 and tuple(x.shape[x.ndim - n :]) == tuple(normalized_shape)
 
 
-def _runs_here(x: Tensor, weight: MaybeTensor, bias: MaybeTensor, spec: Spec, *statistics: MaybeTensor) -> bool:
+def _runs_here(
+    x: Tensor, weight: MaybeTensor, bias: MaybeTensor, spec: Spec, *statistics: MaybeTensor
+) -> bool:
     """Whether nbnorm computes this call, rather than PyTorch's own operator."""
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return False
@@ -245,7 +257,9 @@ def _runs_here(x: Tensor, weight: MaybeTensor, bias: MaybeTensor, spec: Spec, *s
     channels = spec.norm not in ("layer_norm", "rms_norm")
     if x.ndim < 1 + channels or (spec.norm == "group_norm" and x.shape[1] % spec.size):
         return False
-    return x.numel() >= _policy.smallest(spec.norm, x) and (not channels or values_per_slot(x.shape, spec) > 1)
+    return x.numel() >= _policy.smallest(spec.norm, x) and (
+        not channels or values_per_slot(x.shape, spec) > 1
+    )
 
 
 def _traced() -> bool:

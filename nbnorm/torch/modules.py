@@ -16,14 +16,18 @@ from nbnorm.torch._kernels import Tensor
 class _Batch(nn.modules.batchnorm._BatchNorm):
     """What batch norm of all ranks has in common."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize a batch, and track its statistics in training."""
+    def forward(
+        self, input: Tensor, *, activation: str | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """Normalize a batch, and track its statistics in training; then add a residual, and apply an activation."""
         self._check_input_dim(input)
         tracking = self.training and self.track_running_stats
         momentum = self._count() if tracking else 0.0
         own = self.training or (self.running_mean is None and self.running_var is None)
         mean, var = (self.running_mean, self.running_var) if tracking or not own else (None, None)
-        return functional.batch_norm(input, mean, var, self.weight, self.bias, own, momentum, self.eps)
+        behind = {"activation": activation, "residual": residual}
+        state = mean, var, self.weight, self.bias
+        return functional.batch_norm(input, *state, own, momentum, self.eps, **behind)
 
     def _count(self) -> float:
         """Count a batch and return its weight in the running statistics."""
