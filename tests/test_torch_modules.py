@@ -197,5 +197,5 @@ def test_errors(norm, shape):
 
 def test_wrong_number_of_channels():
     """Here the message is nbnorm's, which says what was expected."""
-    with pytest.raises(ValueError, match="expected .*number of channels"):
+    with pytest.raises(ValueError, match=r"expected .*number of channels"):
         nbnorm.torch.BatchNorm2d(6)(torch.randn(3, 5, 4, 4))

@@ -1,9 +1,9 @@
 """PyTorch on a CPU with nbnorm's kernels: modules, functions, and `replace` for an existing model."""
 
-try:
-    import torch as _torch
-except ImportError as error:
-    raise ImportError("nbnorm.torch needs PyTorch: pip install 'nbnorm[torch]'") from error
+from importlib.util import find_spec
+
+if find_spec("torch") is None:
+    raise ImportError("nbnorm.torch needs PyTorch: pip install 'nbnorm[torch]'")
 
 from nbnorm.torch.folding import fold
 from nbnorm.torch.functional import batch_norm, group_norm, instance_norm, layer_norm, rms_norm

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nbnorm.torch import _kernels, _reference
-from nbnorm.torch._kernels import MaybeTensor, Running, Spec, Statistics, Tensor
+from nbnorm.torch._kernels import MaybeTensor, Running, Spec, Statistics
 
 # Gradients beyond those of x, weight and bias: the other arguments of `Normalize.apply` have none.
 _REST = (None,) * 3

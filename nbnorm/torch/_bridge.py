@@ -20,7 +20,7 @@ except ImportError:  # NumPy has no bfloat16 of its own
 Array = np.ndarray
 Result = TypeVar("Result")
 
-_CANDIDATES = {
+_CANDIDATES: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype(np.float32),
     torch.float64: np.dtype(np.float64),
     torch.float16: np.dtype(np.float16),
@@ -28,7 +28,7 @@ _CANDIDATES = {
 if ml_dtypes is not None:
     _CANDIDATES[torch.bfloat16] = np.dtype(ml_dtypes.bfloat16)
 
-DTYPES = {ours: theirs for ours, theirs in _CANDIDATES.items() if theirs in _checks.SUPPORTED}
+DTYPES = {theirs: numpys for theirs, numpys in _CANDIDATES.items() if numpys in _checks.SUPPORTED}
 """The tensor types that nbnorm computes on, with NumPy's names for them."""
 
 _MAX_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from functools import partial
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nbnorm import _layout, functional, norms, running
 from nbnorm._view import View, batch_view, group_view, trailing_view
@@ -19,8 +20,7 @@ from nbnorm.moments import Moments
 from nbnorm.saved import Saved
 from nbnorm.torch._bridge import array, optional, tensor, with_torch_threads
 
-Tensor = torch.Tensor
-MaybeTensor = torch.Tensor | None
+MaybeTensor: TypeAlias = Tensor | None
 
 
 class Spec(NamedTuple):
@@ -81,8 +81,8 @@ def forward(
         saved = functional.batch_norm_forward(*arrays, eps=spec.eps, out=out)[1]
         if tracked is not None and saved.moments is not None:
             _blend(tracked, saved.moments)
-    mean, m2 = (None if values is None else tensor(values) for values in (saved.mean, saved.m2))
-    return y, Statistics(mean, tensor(saved.rstd), m2)
+    means, m2 = (None if values is None else tensor(values) for values in (saved.mean, saved.m2))
+    return y, Statistics(means, tensor(saved.rstd), m2)
 
 
 def _axes(spec: Spec) -> tuple[int, ...]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nbnorm.torch import _kernels, _reference
-from nbnorm.torch._kernels import Running, Spec, Statistics, Tensor
+from nbnorm.torch._kernels import Running, Spec, Statistics
 
 
 def _given(value: Tensor | None, like: Tensor) -> Tensor:

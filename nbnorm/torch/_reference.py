@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
-from nbnorm.torch._kernels import MaybeTensor, Spec, Statistics, Tensor
+from nbnorm.torch._kernels import MaybeTensor, Spec, Statistics
 
 
 def normalize(x: Tensor, weight: MaybeTensor, bias: MaybeTensor, spec: Spec) -> Tensor:
@@ -41,10 +42,7 @@ def differentiable_backward(
     """Return the gradients that `_kernels.backward` returns, as functions of dy, x and the parameters."""
     if not x.requires_grad:
         x = x.detach().requires_grad_(need[0])
-    if constant:
-        y = by_constants(x, weight, bias, statistics)
-    else:
-        y = normalize(x, weight, bias, spec)
+    y = by_constants(x, weight, bias, statistics) if constant else normalize(x, weight, bias, spec)
     inputs = [t for t, needed in zip((x, weight, bias), need, strict=True) if needed and t is not None]
     found = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
     dx, dweight, dbias = (next(found) if needed else None for needed in need)

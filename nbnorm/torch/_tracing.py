@@ -1,9 +1,9 @@
 """The graph of one module's forward call, where it is certain that every later call runs the same one.
 
-`torch.fx` records a single run: a branch on a random number, a counter or an optional argument would be baked in without
-notice. So the source is read first, and only straight code passes: calls of submodules and of PyTorch's functions on
-local values; branches and loops on the module's own plain attributes, which `state` puts in one key; no effects but
-on local names.
+`torch.fx` records a single run: a branch on a random number, a counter or an optional argument would be baked in
+without notice. So the source is read first, and only straight code passes: calls of submodules and of PyTorch's
+functions on local values; branches and loops on the module's own plain attributes, which `state` puts in one key; no
+effects but on local names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TESTS = (ast.BoolOp, ast.boolop, ast.Compare, ast.cmpop, ast.UnaryOp, ast.unary
 _LEAVE_PYTHON = {"item", "tolist", "numpy", "data_ptr", "requires_grad_", "register_hook", "backward"}
 
 
-class Untraceable(Exception):
+class UntraceableError(Exception):
     """Says why a module has no graph that can be relied on."""
 
 
@@ -46,9 +46,9 @@ def trace(module: nn.Module) -> fx.Graph:
     try:
         graph = _Tracer().trace(module)
     except Exception as error:  # whatever a stranger's code does with a proxy
-        raise Untraceable(f"torch.fx cannot trace it: {error}") from error
+        raise UntraceableError(f"torch.fx cannot trace it: {error}") from error
     if any(node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes):
-        raise Untraceable("forward makes a tensor that does not depend on its arguments")
+        raise UntraceableError("forward makes a tensor that does not depend on its arguments")
     return graph
 
 
@@ -72,7 +72,7 @@ class _Reader:
 
     def __init__(self, module: nn.Module, function: Callable[..., Any], known: set[CodeType]) -> None:
         if not isinstance(function, FunctionType) or function.__closure__:
-            raise Untraceable("its forward is no plain method")
+            raise UntraceableError("its forward is no plain method")
         self.module, self.function, self.known = module, function, known
         self.locals = set(function.__code__.co_varnames)
         self.loop_names: set[str] = set()
@@ -85,11 +85,11 @@ class _Reader:
         try:
             (tree,) = ast.parse(textwrap.dedent(inspect.getsource(self.function))).body
         except (OSError, TypeError, SyntaxError, ValueError) as error:
-            raise Untraceable("the source of its forward is not to be had") from error
+            raise UntraceableError("the source of its forward is not to be had") from error
         if not isinstance(tree, ast.FunctionDef) or tree.decorator_list:
-            raise Untraceable("its forward is decorated")
+            raise UntraceableError("its forward is decorated")
         if tree.args.vararg or tree.args.kwarg or not tree.args.args:
-            raise Untraceable("its forward takes any number of arguments")
+            raise UntraceableError("its forward takes any number of arguments")
         self.self_name = tree.args.args[0].arg
         for statement in tree.body:
             self._visit(statement)
@@ -115,8 +115,8 @@ class _Reader:
             return [*node.body, *node.orelse]
         if isinstance(node, ast.Call):
             self._call(node)
-            behind_dot = isinstance(node.func, ast.Attribute) and _chain(node.func) is None
-            return [*node.args, *node.keywords, *([node.func.value] if behind_dot else [])]
+            of_value = isinstance(node.func, ast.Attribute) and _chain(node.func) is None
+            return [*node.args, *node.keywords, *(ast.iter_child_nodes(node.func) if of_value else ())]
         if isinstance(node, ast.AnnAssign):
             return [node.value] if node.value else []
         chain = _chain(node)
@@ -167,7 +167,7 @@ class _Reader:
             self._refuse(node, f"calls {ast.unparse(node.func)}")
 
     def _value(self, node: ast.AST, chain: list[str]) -> None:
-        """A value may be a plain attribute or a tensor of the module, an attribute of a local value, a PyTorch constant."""
+        """A value may be a plain attribute or a tensor of the module, or belong to a local value or to PyTorch."""
         if chain[0] == self.self_name:
             allowed = isinstance(self._own(chain), (*_PLAIN, torch.Tensor, nn.Module))
         else:
@@ -200,15 +200,14 @@ class _Reader:
         value = self.function.__globals__.get(chain[0])
         for name in chain[1:]:
             value = getattr(value, name, None) if isinstance(value, ModuleType) else None
-        home = (
-            getattr(value, "__module__", None) or getattr(torch, chain[-1], None) is value and "torch" or ""
-        )
-        return value is not None and home.startswith("torch") and "utils" not in home
+        home = getattr(value, "__module__", None) or ""
+        known = home.startswith("torch") or getattr(torch, chain[-1], None) is value
+        return value is not None and known and "utils" not in home
 
     def _refuse(self, node: ast.AST, what: str) -> NoReturn:
         """Raise, and say where."""
         line = self.function.__code__.co_firstlineno + getattr(node, "lineno", 1) - 1
-        raise Untraceable(f"its {self.function.__name__} {what} (line {line})")
+        raise UntraceableError(f"its {self.function.__name__} {what} (line {line})")
 
 
 def _refused() -> None:

@@ -65,7 +65,7 @@ def fold(model: nn.Module) -> nn.Module:
             continue
         try:
             graph = _tracing.trace(module)
-        except _tracing.Untraceable:
+        except _tracing.UntraceableError:
             continue
         for layer, norm, name in _pairs(graph, module):
             if layer not in shared and norm not in shared and _foldable(layer, norm):

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from nbnorm.torch import _ops, _policy, _reference
 from nbnorm.torch._autograd import Normalize
 from nbnorm.torch._bridge import DTYPES, strided_on_cpu
-from nbnorm.torch._kernels import MaybeTensor, Running, Spec, Tensor, inference, values_per_slot
+from nbnorm.torch._kernels import MaybeTensor, Running, Spec, inference, values_per_slot
 
 _HALVES = (torch.float16, torch.bfloat16)
 

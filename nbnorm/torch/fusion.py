@@ -1,8 +1,8 @@
 """Batch norm, the sum with a residual, and the activation behind them as one step.
 
 Where `_tracing` vouches for a module's forward call, its graph is rewritten and runs instead, on the very same
-submodules. In another state (eval, a submodule exchanged) the graph of that state runs, and the module's own forward where
-there is none, where somebody hooked into the steps, and under torch.compile, which fuses by itself.
+submodules. In another state (eval, a submodule exchanged) the graph of that state runs, and the module's own forward
+where there is none, where somebody hooked into the steps, and under torch.compile, which fuses by itself.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Fused:
         self._by_state: dict[Any, Rewritten | None] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph of the present state, or the original."""
         rewritten = None if torch.compiler.is_compiling() else self.rewritten()
         if rewritten is None or any(map(_hooked, rewritten.parts)):
             return type(self.module).forward(self.module, *args, **kwargs)
@@ -56,7 +57,7 @@ class Fused:
         if state not in self._by_state:
             try:
                 self._by_state[state] = rewrite(self.module)
-            except _tracing.Untraceable:
+            except _tracing.UntraceableError:
                 self._by_state[state] = None
         return self._by_state[state]
 
@@ -73,7 +74,7 @@ def fuse(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
             continue
         try:
             rewritten = rewrite(module)
-        except _tracing.Untraceable as error:
+        except _tracing.UntraceableError as error:
             left[name] = str(error)
             continue
         if rewritten is not None:
@@ -156,14 +157,15 @@ def _activation(node: fx.Node, x: fx.Node, modules: dict[str, nn.Module]) -> str
     if set(node.kwargs) - {"inplace"}:
         return None
     if node.op == "call_module":
-        return _ACTIVATION_MODULES.get(type(modules[str(node.target)]))  # type: ignore[arg-type]
+        return _ACTIVATION_MODULES.get(type(modules[str(node.target)]))
     if node.op == "call_function":
         return _ACTIVATION_FUNCTIONS.get(node.target)
     return _ACTIVATION_METHODS.get(str(node.target)) if node.op == "call_method" else None
 
 
 def _put_at(
-    end: fx.Node, node: fx.Node, activation: str, residual: fx.Node | None, graph: fx.Graph, between: tuple[fx.Node, ...]
+    end: fx.Node, node: fx.Node, activation: str, residual: fx.Node | None, graph: fx.Graph,
+    between: tuple[fx.Node, ...],
 ) -> None:  # fmt: skip
     """Put one call of the norm in the place of the activation, and remove the steps that it makes up for."""
     options = {"activation": activation} | ({} if residual is None else {"residual": residual})

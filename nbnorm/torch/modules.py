@@ -6,11 +6,9 @@ to the other by its class alone.
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nbnorm.torch import functional
-from nbnorm.torch._kernels import Tensor
 
 
 class _Batch(nn.modules.batchnorm._BatchNorm):
