@@ -196,7 +196,7 @@ def test_example(example, tmp_path, capsys):
     """The example trains all its networks alike, prints that, and draws a PNG."""
     pytest.importorskip("matplotlib")
     figure = tmp_path / "resnet.png"
-    arguments = "--steps 4 --batch-size 4 --size 32 --learning-rate 0.001".split()
+    arguments = ["--steps", "4", "--batch-size", "4", "--size", "32", "--learning-rate", "0.001"]
     first, *rest = example.main([*arguments, "--output", str(figure)])
     assert figure.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     printed = capsys.readouterr().out

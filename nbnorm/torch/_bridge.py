@@ -10,8 +10,6 @@ import numba
 import numpy as np
 import torch
 
-from nbnorm import _checks
-
 try:
     import ml_dtypes
 except ImportError:  # NumPy has no bfloat16 of its own
@@ -20,16 +18,14 @@ except ImportError:  # NumPy has no bfloat16 of its own
 Array = np.ndarray
 Result = TypeVar("Result")
 
-_CANDIDATES: dict[torch.dtype, np.dtype[Any]] = {
+DTYPES: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float16: np.dtype(np.float16),
     torch.float32: np.dtype(np.float32),
     torch.float64: np.dtype(np.float64),
-    torch.float16: np.dtype(np.float16),
 }
-if ml_dtypes is not None:
-    _CANDIDATES[torch.bfloat16] = np.dtype(ml_dtypes.bfloat16)
-
-DTYPES = {theirs: numpys for theirs, numpys in _CANDIDATES.items() if numpys in _checks.SUPPORTED}
 """The tensor types that nbnorm computes on, with NumPy's names for them."""
+if ml_dtypes is not None:
+    DTYPES[torch.bfloat16] = np.dtype(ml_dtypes.bfloat16)
 
 _MAX_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 

@@ -6,16 +6,14 @@ plan, which is cached, is made anew for the backward pass.
 
 from __future__ import annotations
 
-from functools import partial
 from math import prod
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nbnorm import _layout, functional, norms, running
-from nbnorm._view import View, batch_view, group_view, trailing_view
+from nbnorm import _call, functional, group_norms, layer_norms, running
 from nbnorm.moments import Moments
 from nbnorm.saved import Saved
 from nbnorm.torch._bridge import array, optional, tensor, with_torch_threads
@@ -24,11 +22,21 @@ MaybeTensor: TypeAlias = Tensor | None
 
 
 class Spec(NamedTuple):
-    """Which norm: ``size`` is the number of groups, or of normalized axes, where there are such."""
+    """Which norm: ``size`` is the number of groups, or of normalized axes, where there are such; then what follows."""
 
     norm: str
     size: int
     eps: float
+    activation: str = ""
+
+
+class Inputs(NamedTuple):
+    """The tensors that a call has gradients of."""
+
+    x: Tensor
+    weight: MaybeTensor = None
+    bias: MaybeTensor = None
+    residual: MaybeTensor = None
 
 
 class Statistics(NamedTuple):
@@ -36,7 +44,7 @@ class Statistics(NamedTuple):
 
     mean: MaybeTensor
     rstd: Tensor
-    m2: MaybeTensor
+    m2: MaybeTensor = None
 
 
 class Running(NamedTuple):
@@ -47,42 +55,46 @@ class Running(NamedTuple):
     momentum: float
 
 
+Gradients: TypeAlias = tuple[MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]
+
+
 @with_torch_threads
-def inference(
-    x: Tensor, weight: MaybeTensor, bias: MaybeTensor, mean: Tensor, var: Tensor, eps: float
-) -> Tensor:
+def inference(inputs: Inputs, mean: Tensor, var: Tensor, spec: Spec) -> Tensor:
     """Normalize by given statistics; nothing is kept."""
-    y = torch.empty_like(x)
-    given = array(mean), array(var), optional(weight), optional(bias)
-    functional.batch_norm_inference(array(x), *given, eps=eps, out=array(y))
+    y = torch.empty_like(inputs.x)
+    x, weight, bias, residual = map(optional, inputs)
+    functional.batch_norm_inference(
+        x, array(mean), array(var), weight, bias, eps=spec.eps, activation=spec.activation or None,
+        residual=residual, out=array(y),
+    )  # fmt: skip
     return y
 
 
 @with_torch_threads
 def forward(
-    x: Tensor, weight: MaybeTensor, bias: MaybeTensor, spec: Spec, constants: tuple[Tensor, Tensor] | None = None,
-    tracked: Running | None = None,
-) -> tuple[Tensor, Statistics]:  # fmt: skip
+    inputs: Inputs, spec: Spec, constants: tuple[Tensor, Tensor] | None = None, tracked: Running | None = None
+) -> tuple[Tensor, Statistics]:
     """Normalize by x's own statistics, which enter ``tracked``, or by the constant mean and variance."""
-    y = torch.empty_like(x)
-    arrays, out = (array(x), optional(weight), optional(bias)), array(y)
+    y = torch.empty_like(inputs.x)
+    x, weight, bias, residual = map(optional, inputs)
+    options: dict[str, Any] = {"eps": spec.eps, "out": array(y)}
     if spec.norm == "layer_norm":
-        saved = norms.layer_norm_forward(*arrays, axis=_axes(spec), eps=spec.eps, out=out)[1]
+        saved = layer_norms.layer_norm_forward(x, weight, bias, axis=_axes(spec), **options)[1]
     elif spec.norm == "rms_norm":
-        saved = norms.rms_norm_forward(*arrays[:2], axis=_axes(spec), eps=spec.eps, out=out)[1]
+        saved = layer_norms.rms_norm_forward(x, weight, axis=_axes(spec), **options)[1]
     elif spec.norm == "group_norm":
-        saved = norms.group_norm_forward(arrays[0], spec.size, *arrays[1:], eps=spec.eps, out=out)[1]
+        saved = group_norms.group_norm_forward(x, spec.size, weight, bias, **options)[1]
     elif spec.norm == "instance_norm":
-        saved = norms.instance_norm_forward(*arrays, eps=spec.eps, out=out)[1]
-    elif constants is not None:
-        mean, var = array(constants[0]), array(constants[1])
-        saved = functional.batch_norm_forward(*arrays, mean, var, training=False, eps=spec.eps, out=out)[1]
+        saved = group_norms.instance_norm_forward(x, weight, bias, **options)[1]
     else:
-        saved = functional.batch_norm_forward(*arrays, eps=spec.eps, out=out)[1]
+        options |= {"activation": spec.activation or None, "residual": residual}
+        given = (None, None) if constants is None else map(array, constants)
+        training = constants is None
+        saved = functional.batch_norm_forward(x, weight, bias, *given, training=training, **options)[1]
         if tracked is not None and saved.moments is not None:
             _blend(tracked, saved.moments)
-    means, m2 = (None if values is None else tensor(values) for values in (saved.mean, saved.m2))
-    return y, Statistics(means, tensor(saved.rstd), m2)
+    mean, m2 = (None if values is None else tensor(values) for values in (saved.mean, saved.m2))
+    return y, Statistics(mean, tensor(saved.rstd), m2)
 
 
 def _axes(spec: Spec) -> tuple[int, ...]:
@@ -109,43 +121,48 @@ def _blend(tracked: Running, moments: Moments) -> None:
 
 @with_torch_threads
 def backward(
-    dy: Tensor, x: Tensor, weight: MaybeTensor, bias: MaybeTensor, statistics: Statistics, spec: Spec, constant: bool,
-    need: tuple[bool, bool, bool],
-) -> tuple[MaybeTensor, MaybeTensor, MaybeTensor]:  # fmt: skip
-    """Return the gradients of x, weight and bias, None for those not needed."""
-    saved = _record(x, weight, bias, statistics, spec, constant)
-    names = [name for name, needed in zip(("dx", "dweight", "dbias"), need, strict=True) if needed]
-    dx = torch.empty_like(x) if need[0] else None
-    into = (optional(dx), None, None)
+    dy: Tensor, inputs: Inputs, statistics: Statistics, spec: Spec, constant: bool, need: tuple[bool, ...]
+) -> Gradients:
+    """Return the gradients of the inputs, None for those not needed.
+
+    Without an activation the gradient of a residual is dy itself, and the residual is not in the inputs.
+    """
+    saved = _record(inputs, statistics, spec, constant)
+    names = ["dx", "dweight", "dbias", "dresidual"][: 3 + saved.with_residual]
+    wanted = [name for name, needed in zip(names, need, strict=False) if needed]
+    dx = torch.empty_like(inputs.x) if need[0] else None
+    dresidual = torch.empty_like(inputs.x) if "dresidual" in wanted else None
+    into = (optional(dx), None, None, optional(dresidual))[: len(names)]
     if spec.norm == "rms_norm":
-        gradients = norms.rms_norm_backward(array(dy), saved, need=names, out=into[:2])
+        gradients = layer_norms.rms_norm_backward(array(dy), saved, need=wanted, out=into[:2])
     else:
-        call = functional if spec.norm == "batch_norm" else norms
-        gradients = getattr(call, f"{spec.norm}_backward")(array(dy), saved, need=names, out=into)
+        gradients = _BACKWARD[spec.norm](array(dy), saved, need=wanted, out=into)
     dweight, dbias = (None if g is None else tensor(g) for g in (*gradients[1:], None)[:2])
-    return dx, dweight, dbias
+    return dx, dweight, dbias, dresidual
 
 
-def _record(
-    x: Tensor, weight: MaybeTensor, bias: MaybeTensor, statistics: Statistics, spec: Spec, constant: bool
-) -> Saved:
-    """Rebuild what the forward call would have handed to its backward call."""
-    packed, view, order = plan(array(x), spec)
-    mean = None if statistics.mean is None else array(statistics.mean)
-    rstd, m2 = array(statistics.rstd), optional(statistics.m2)
-    parameters = optional(weight), optional(bias)
-    count = np.float64(view.values)
-    return Saved(spec.norm, packed, *parameters, mean, rstd, count, m2, constant, view, order)
+_BACKWARD: dict[str, Any] = {
+    "batch_norm": functional.batch_norm_backward,
+    "layer_norm": layer_norms.layer_norm_backward,
+    "group_norm": group_norms.group_norm_backward,
+    "instance_norm": group_norms.instance_norm_backward,
+}
 
 
-def plan(x: np.ndarray, spec: Spec) -> tuple[np.ndarray, View, tuple[int, ...] | None]:
-    """Plan as the forward call did; x is packed again if it was packed there."""
+def _record(inputs: Inputs, statistics: Statistics, spec: Spec, constant: bool) -> Saved:
+    """Rebuild what the forward call handed out; x is packed again if it was packed there."""
+    x, weight, bias, residual = map(optional, inputs)
+    common = (weight, bias, spec.eps)
     if spec.norm == "batch_norm":
-        return _layout.plan(x, partial(batch_view, channel_axis=1))
-    if spec.norm in ("layer_norm", "rms_norm"):
-        return _layout.plan(x, partial(trailing_view, normalized=spec.size), range(x.ndim))
-    groups = spec.size or x.shape[1]
-    return _layout.plan(x, partial(group_view, channel_axis=1, num_groups=groups), range(x.ndim))
+        options = _call.Options(spec.activation or None, residual)
+        call = _call.batch_call(spec.norm, x, *common, 1, None, options)
+    elif spec.norm in ("layer_norm", "rms_norm"):
+        call, _ = _call.trailing_call(spec.norm, x, _axes(spec), *common, None)
+    else:
+        call, _ = _call.group_call(spec.norm, x, spec.size or None, *common, 1, None)
+    mean, rstd, m2 = map(optional, statistics)
+    assert rstd is not None
+    return _call.save(call, spec.norm, mean, rstd, np.float64(call.view.values), m2, constant)
 
 
 def statistics_shape(shape: torch.Size, spec: Spec) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 _PLAIN = (bool, int, float, str, type(None))
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 _STRAIGHT = (
     ast.FunctionDef, ast.arguments, ast.arg, ast.Return, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr, ast.If,
     ast.For, ast.Pass, ast.Name, ast.Attribute, ast.Call, ast.keyword, ast.Constant, ast.Tuple, ast.List, ast.BinOp,
@@ -72,7 +72,7 @@ class _Reader:
 
     def __init__(self, module: nn.Module, function: Callable[..., Any], known: set[CodeType]) -> None:
         if not isinstance(function, FunctionType) or function.__closure__:
-            raise UntraceableError("its forward is no plain method")
+            raise UntraceableError(f"its forward is no plain method, or calls super() ({function!r})")
         self.module, self.function, self.known = module, function, known
         self.locals = set(function.__code__.co_varnames)
         self.loop_names: set[str] = set()
@@ -142,7 +142,9 @@ class _Reader:
         """A loop may go over submodules of the module."""
         chain = _chain(node.iter)
         over = None if chain is None else self._own(chain)
-        if not isinstance(over, (nn.ModuleList, nn.Sequential)) or not isinstance(node.target, ast.Name):
+        listed = isinstance(over, nn.ModuleList) and len(chain or ()) == 2
+        itself = over is self.module and isinstance(over, nn.Sequential)
+        if not (listed or itself) or not isinstance(node.target, ast.Name):
             self._refuse(node, "loops over more than its modules")
         self.loop_names.add(node.target.id)
 

@@ -16,9 +16,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from nbnorm.torch import _ops, _policy, _reference
 from nbnorm.torch._autograd import Normalize
 from nbnorm.torch._bridge import DTYPES, strided_on_cpu
-from nbnorm.torch._kernels import MaybeTensor, Running, Spec, inference, values_per_slot
-
-_HALVES = (torch.float16, torch.bfloat16)
+from nbnorm.torch._kernels import Inputs, MaybeTensor, Running, Spec, inference, values_per_slot
 
 
 def batch_norm(
@@ -67,19 +65,22 @@ def batch_norm(
     tensor([[-1.],
             [ 1.]])
     """
-    if activation is not None or residual is not None:
-        y = batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        return _reference.finish(y, activation, residual)
-    spec = Spec("batch_norm", 0, eps)
-    both = running_mean is not None and running_var is not None
-    if not ((training or both) and _runs_here(input, weight, bias, spec, running_mean, running_var)):
-        return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if training:
-        tracked = Running(running_mean, running_var, momentum) if both and momentum else None
-        return _normalize(input, weight, bias, spec, None, tracked)
-    if _traced() or _needs_gradient(input, weight, bias):
-        return _normalize(input, weight, bias, spec, (running_mean, running_var))
-    return inference(input, weight, bias, running_mean, running_var, eps)
+    if activation is not None and activation not in _reference.ACTIVATIONS:
+        raise ValueError(f"activation must be None, 'relu' or 'silu', got {activation!r}")
+    inputs = Inputs(input, weight, bias, residual)
+    spec = Spec("batch_norm", 0, eps, activation or "")
+    if running_mean is None or running_var is None:
+        if training and running_mean is running_var and _runs_here(inputs, spec):
+            return _normalize(inputs, spec)
+    elif _runs_here(inputs, spec, running_mean, running_var):
+        if training:
+            tracked = Running(running_mean, running_var, momentum) if momentum else None
+            return _normalize(inputs, spec, None, tracked)
+        if _traced() or _needs_gradient(inputs):
+            return _normalize(inputs, spec, (running_mean, running_var))
+        return inference(inputs, running_mean, running_var, spec)
+    y = functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _reference.finish(y, activation, residual)
 
 
 def layer_norm(
@@ -113,9 +114,10 @@ def layer_norm(
     >>> nbnorm.torch.layer_norm(torch.tensor([[1.0, 3.0]]), [2], eps=0.0)
     tensor([[-1.,  1.]])
     """
+    inputs = Inputs(input, weight, bias)
     spec = Spec("layer_norm", len(normalized_shape), eps)
-    if _ends_with(input, normalized_shape) and _runs_here(input, weight, bias, spec):
-        return _normalize(input, weight, bias, spec)
+    if _ends_with(input, normalized_shape) and _runs_here(inputs, spec):
+        return _normalize(inputs, spec)
     return functional.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
@@ -146,10 +148,11 @@ def rms_norm(
     >>> nbnorm.torch.rms_norm(torch.tensor([[1.0, 7.0]]), [2], eps=0.0)
     tensor([[0.2000, 1.4000]])
     """
+    inputs = Inputs(input, weight)
     spec = Spec("rms_norm", len(normalized_shape), torch.finfo(input.dtype).eps if eps is None else eps)
     same_type = weight is None or weight.dtype is input.dtype  # PyTorch promotes where they differ
-    if same_type and _ends_with(input, normalized_shape) and _runs_here(input, weight, None, spec):
-        return _normalize(input, weight, None, spec)
+    if same_type and _ends_with(input, normalized_shape) and _runs_here(inputs, spec):
+        return _normalize(inputs, spec)
     return functional.rms_norm(input, normalized_shape, weight, eps)
 
 
@@ -180,9 +183,10 @@ def group_norm(
     >>> nbnorm.torch.group_norm(torch.tensor([[1.0, 3.0, 10.0, 30.0]]), 2, eps=0.0)
     tensor([[-1.,  1., -1.,  1.]])
     """
+    inputs = Inputs(input, weight, bias)
     spec = Spec("group_norm", num_groups, eps)
-    if num_groups > 0 and _runs_here(input, weight, bias, spec):
-        return _normalize(input, weight, bias, spec)
+    if num_groups > 0 and _runs_here(inputs, spec):
+        return _normalize(inputs, spec)
     return functional.group_norm(input, num_groups, weight, bias, eps)
 
 
@@ -227,9 +231,10 @@ def instance_norm(
     """
     if not use_input_stats and running_mean is not None:
         return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    inputs = Inputs(input, weight, bias)
     spec = Spec("instance_norm", 0, eps)
-    if use_input_stats and running_mean is None and _runs_here(input, weight, bias, spec):
-        return _normalize(input, weight, bias, spec)
+    if use_input_stats and running_mean is None and _runs_here(inputs, spec):
+        return _normalize(inputs, spec)
     theirs = functional.instance_norm
     return theirs(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
@@ -240,27 +245,40 @@ def _ends_with(x: Tensor, normalized_shape: Sequence[int]) -> bool:
     return n > 0 and tuple(x.shape[x.ndim - n :]) == tuple(normalized_shape)
 
 
-def _runs_here(
-    x: Tensor, weight: MaybeTensor, bias: MaybeTensor, spec: Spec, *statistics: MaybeTensor
-) -> bool:
+def _runs_here(inputs: Inputs, spec: Spec, *statistics: Tensor) -> bool:
     """Whether nbnorm computes this call, rather than PyTorch's own operator."""
+    x, *parameters, residual = inputs
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return False
-    tracing = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-    if not (x.is_cpu if tracing else strided_on_cpu(x)) or x.dtype not in DTYPES:
+    on_cpu = _is_on_cpu if _traced() else strided_on_cpu
+    if x.dtype not in DTYPES or not on_cpu(x):
         return False
-    for t in (weight, bias, *statistics):
-        if t is not None and not (
-            (tracing or strided_on_cpu(t))
-            and (t.dtype is x.dtype or (x.dtype in _HALVES and t.dtype is torch.float32))
-        ):
+    for t in (*parameters, *statistics):
+        if t is not None and not (on_cpu(t) and (t.dtype is x.dtype or _is_wider(t, x))):
             return False
-    channels = spec.norm not in ("layer_norm", "rms_norm")
-    if x.ndim < 1 + channels or (spec.norm == "group_norm" and x.shape[1] % spec.size):
+    if residual is not None and not (
+        on_cpu(residual) and residual.dtype is x.dtype and residual.shape == x.shape
+    ):
         return False
-    return x.numel() >= _policy.smallest(spec.norm, x) and (
-        not channels or values_per_slot(x.shape, spec) > 1
-    )
+    return _fits(x, spec) and x.numel() >= _policy.smallest(spec.norm, x)
+
+
+def _fits(x: Tensor, spec: Spec) -> bool:
+    """Whether the shape is one that PyTorch computes as well, and not empty."""
+    if spec.norm in ("layer_norm", "rms_norm"):
+        return x.numel() > 0
+    groups_fit = spec.norm != "group_norm" or x.shape[1] % spec.size == 0
+    return x.ndim > 1 and groups_fit and values_per_slot(x.shape, spec) > 1
+
+
+def _is_on_cpu(t: Tensor) -> bool:
+    """Whether a tensor that may be fake is on the CPU."""
+    return bool(t.is_cpu)
+
+
+def _is_wider(parameter: Tensor, x: Tensor) -> bool:
+    """Whether x is a half and a parameter float32, which PyTorch allows as well."""
+    return parameter.dtype is torch.float32 and x.dtype in (torch.float16, torch.bfloat16)
 
 
 def _traced() -> bool:
@@ -268,21 +286,16 @@ def _traced() -> bool:
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
-def _needs_gradient(x: Tensor, weight: MaybeTensor, bias: MaybeTensor) -> bool:
+def _needs_gradient(inputs: Inputs) -> bool:
     """Whether autograd will record the call."""
-    return torch.is_grad_enabled() and (
-        x.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-    )
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
 def _normalize(
-    x: Tensor, weight: MaybeTensor, bias: MaybeTensor, spec: Spec,
-    constants: tuple[Tensor, Tensor] | None = None, tracked: Running | None = None,
-) -> Tensor:  # fmt: skip
+    inputs: Inputs, spec: Spec, constants: tuple[Tensor, Tensor] | None = None, tracked: Running | None = None
+) -> Tensor:
     """Take the traced or the eager route."""
     if _traced():
-        return _ops.normalize(x, weight, bias, spec, constants, tracked)
-    y: Tensor = Normalize.apply(x, weight, bias, spec, constants, tracked)
+        return _ops.normalize(inputs, spec, constants, tracked)
+    y: Tensor = Normalize.apply(*inputs, spec, constants, tracked)
     return y

@@ -70,7 +70,8 @@ def fuse(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
     """Fuse what can be fused in each module of a model; return what was done and why the rest was not, by name."""
     fused, left = {}, {}
     for name, module in model.named_modules():
-        if "forward" in module.__dict__ or not any(map(_is_norm, _tracing.steps(module))):
+        container = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        if container or "forward" in module.__dict__ or not any(map(_is_norm, _tracing.steps(module))):
             continue
         try:
             rewritten = rewrite(module)
