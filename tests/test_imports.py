@@ -16,15 +16,15 @@ PACKAGE = Path(nbnorm.__file__).parent
 LEVELS = [
     {"__init__"},
     {"__main__"},
-    {"tools", "torch", "conventions"},
-    {"layers"},
+    {"tools", "torch", "conventions", "_bench"},
+    {"layers", "_catalogue"},
     {"functional", "norms", "phases"},
     {"_batch", "_slots", "_gradients"},
     {"running", "_layout"},
     {"saved"},
     {"moments"},
     {"_checks"},
-    {"_dispatch"},
+    {"_dispatch", "_tables"},
     {"_cpu", "_cuda"},
     {"_view", "_math"},
 ]
