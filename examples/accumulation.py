@@ -113,7 +113,9 @@ def cut(rows: np.ndarray, size: int) -> Parts:
 
 def distance(grads: Params, expected: Params) -> float:
     """Relative distance of two gradients, all parameters taken together."""
-    flat = [np.concatenate([g[name].ravel() for name in expected]).astype(np.float64) for g in (grads, expected)]
+    flat = [
+        np.concatenate([g[name].ravel() for name in expected]).astype(np.float64) for g in (grads, expected)
+    ]
     return float(np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[1]))
 
 
@@ -169,7 +171,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         error_axes.plot(PARTS, errors, "o-", color=color, label=kind)
         axes.plot(PARTS, accuracies, "o-", color=color, label=kind)
     axes.axhline(accuracy_whole, color=GRAY, linestyle="--", linewidth=1, label="whole batch")
-    error_axes.set(yscale="log", title="gradient: distance from the whole batch's", ylabel="relative distance")
+    error_axes.set(
+        yscale="log", title="gradient: distance from the whole batch's", ylabel="relative distance"
+    )
     axes.set(title="test accuracy after training")
     for panel in (error_axes, axes):
         panel.set_xscale("log", base=2)

@@ -84,11 +84,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     print(f"largest difference of the feature maps: {difference:.1e} (values up to {y.max():.1f})")
     for name, ms in zip(("convolution, batch norm", "folded convolution"), times, strict=True):
         median, worst = np.median(ms), np.percentile(ms, 95)
-        print(f"{name:24} median {median:6.1f} ms   95th percentile {worst:6.1f} ms   {1e3 / median:5.1f} frames per second")
+        print(
+            f"{name:24} median {median:6.1f} ms   95th percentile {worst:6.1f} ms   {1e3 / median:5.1f} frames per second"
+        )
     saved = np.median(times[0]) - np.median(times[1])
     print(f"folding saves {saved:.1f} ms of {np.median(times[0]):.1f} ms per frame")
 
-    figure, (frame_axes, map_axes, axes) = panels("One frame, with batch norm and with batch norm folded in", 3, height=2.9)
+    figure, (frame_axes, map_axes, axes) = panels(
+        "One frame, with batch norm and with batch norm folded in", 3, height=2.9
+    )
     channel = int(y.std(axis=(0, 2, 3)).argmax())
     frame_axes.imshow(photo[0].transpose(1, 2, 0))
     map_axes.imshow(y_folded[0, channel], cmap="gray")

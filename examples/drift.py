@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         # How far the median of a unit wanders, in units of the spread that it started with.
         low, median, high = np.moveaxis(results[name], 1, 0)
         wandered = (median.max(axis=0) - median.min(axis=0)) / (high[0] - low[0])
-        spread = ((high - low).max(axis=0) / (high - low).min(axis=0))
+        spread = (high - low).max(axis=0) / (high - low).min(axis=0)
         print(
             f"{name:11} the median of a unit wanders by {np.median(wandered):.2f} of its first spread, the spread "
             f"changes {np.median(spread):.1f}-fold (medians over the units); "

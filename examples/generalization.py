@@ -52,11 +52,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         curves = []
         for seed in range(options.seeds):
             rng = np.random.default_rng(seed)
-            chosen = rng.permutation(len(x))[:IMAGES]  # other images for every seed, the same for every network
+            chosen = rng.permutation(len(x))[
+                :IMAGES
+            ]  # other images for every seed, the same for every network
             network = make_network(with_norm, rng)
             steps = {"epochs": options.epochs, "batch_size": batch_size, "learning_rate": 0.003, "rng": rng}
             curve, per_epoch = [], IMAGES // batch_size
-            for step, _ in enumerate(fit(network, Adam(network.layers), x[chosen], labels[chosen], **steps), 1):
+            for step, _ in enumerate(
+                fit(network, Adam(network.layers), x[chosen], labels[chosen], **steps), 1
+            ):
                 if step % per_epoch == 0:
                     known = accuracy(network, x[chosen], labels[chosen])
                     curve.append((known, accuracy(network, x_test, labels_test)))
@@ -68,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     base = results["plain, batches of 8"][:, -1, 1]
     for name in list(KINDS)[1:]:
         gain = 100 * (results[name][:, -1, 1] - base)
-        print(f"{name:26} {gain.mean():+.1f} points on plain, batches of 8; ahead for {np.sum(gain > 0)} of {len(gain)} seeds")
+        print(
+            f"{name:26} {gain.mean():+.1f} points on plain, batches of 8; ahead for {np.sum(gain > 0)} of {len(gain)} seeds"
+        )
 
     figure, (curves_of, last) = panels(f"Learning from {IMAGES} images", 2, width=4.6)
     epochs = np.arange(1, options.epochs + 1)
@@ -79,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         final = results[name][:, -1, 1]
         last.plot(final, np.full(len(final), -i), "o", color=color, alpha=0.5)
         last.plot(final.mean(), -i, "|", color=color, markersize=22, markeredgewidth=3)
-    curves_of.set(xlabel="epoch", ylabel="accuracy", ylim=(0.6, 1.01), title="dotted: training, line: testing")
+    curves_of.set(
+        xlabel="epoch", ylabel="accuracy", ylim=(0.6, 1.01), title="dotted: training, line: testing"
+    )
     curves_of.legend(frameon=False, fontsize=8)
     last.set(title="testing, last epoch, every seed", xlabel="accuracy", ylim=(-len(KINDS) + 0.5, 0.5))
     last.set_yticks([-i for i in range(len(KINDS))], [name.replace(", ", ",\n") for name in KINDS])

@@ -77,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> dict[tuple[str, float], np.ndarra
     for panel, scale in zip(axes, SCALES, strict=True):
         for name, color in (("plain", ORANGE), ("batch norm", BLUE)):
             norms = results[name, scale]
-            panel.fill_between(layers, norms.min(axis=0), norms.max(axis=0), color=color, alpha=0.2, linewidth=0)
+            panel.fill_between(
+                layers, norms.min(axis=0), norms.max(axis=0), color=color, alpha=0.2, linewidth=0
+            )
             panel.plot(layers, np.median(norms, axis=0), color=color, label=name)
         panel.set(yscale="log", title=f"weights {scale:g} times He's", xlabel="layer")
         panel.set_xlim(1, options.depth)

@@ -90,7 +90,14 @@ class Conv(Parameters):
     """
 
     def __init__(
-        self, channels: int, outputs: int, rng: np.random.Generator, *, size: int = 3, ndim: int = 2, channel_axis: int = 1
+        self,
+        channels: int,
+        outputs: int,
+        rng: np.random.Generator,
+        *,
+        size: int = 3,
+        ndim: int = 2,
+        channel_axis: int = 1,
     ) -> None:
         self.first = channel_axis == 1
         self.outputs, self.size, self.ndim = outputs, size, ndim
@@ -349,7 +356,9 @@ def mini_batches(num_images: int, batch_size: int, rng: np.random.Generator) -> 
 def parse(doc: str, argv: Sequence[str] | None, name: str, **counts: int) -> argparse.Namespace:
     """Read the command line: some whole numbers, and where the picture goes."""
     title = doc.strip().splitlines()[0]
-    parser = argparse.ArgumentParser(description=title, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=title, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     for option, default in counts.items():
         flag = "--" + option.replace("_", "-")
         parser.add_argument(flag, type=int, default=default, metavar="N", help=option.replace("_", " "))
@@ -357,7 +366,9 @@ def parse(doc: str, argv: Sequence[str] | None, name: str, **counts: int) -> arg
     return parser.parse_args(argv)
 
 
-def panels(title: str, columns: int = 1, width: float = 4.2, height: float = 3.6, **options) -> tuple[Figure, list[Axes]]:
+def panels(
+    title: str, columns: int = 1, width: float = 4.2, height: float = 3.6, **options
+) -> tuple[Figure, list[Axes]]:
     """Make a figure with a row of panels in the common style."""
     figure = Figure(figsize=(max(6.0, width * columns), height), layout="constrained")
     axes = list(figure.subplots(1, columns, squeeze=False, **options)[0])

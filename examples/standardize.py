@@ -96,16 +96,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     for piece in pieces(x, options.rows):
         m = m.merge(nbnorm.batch_moments(piece))
     y = nbnorm.batch_norm_inference(x, m.mean, m.var(), eps=0.0)
-    print(f"standardized: means to {np.abs(y.mean(0)).max():.0e}, deviations 1 to {np.abs(y.std(0) - 1).max():.0e}")
+    print(
+        f"standardized: means to {np.abs(y.mean(0)).max():.0e}, deviations 1 to {np.abs(y.std(0) - 1).max():.0e}"
+    )
 
     figure, (axes,) = panels("Standard deviations of a data set read in pieces", width=6.5)
     for name, (_, color) in METHODS.items():
         errors = np.maximum(results[name], 1e-17)
-        axes.fill_between(SHIFTS, errors.min(axis=1), errors.max(axis=1), color=color, alpha=0.15, linewidth=0)
+        axes.fill_between(
+            SHIFTS, errors.min(axis=1), errors.max(axis=1), color=color, alpha=0.15, linewidth=0
+        )
         axes.plot(SHIFTS, errors.max(axis=1), "o-", color=color, label=name, markersize=4)
     axes.axhline(1e-2, color="0.6", linewidth=1, linestyle=":")
     axes.text(SHIFTS[0], 1.4e-2, "one per cent", color="0.4", fontsize=8)
-    axes.set(xscale="log", yscale="log", ylim=(1e-17, 1e3), ylabel="relative error\n(line: worst of 30 features)")
+    axes.set(
+        xscale="log", yscale="log", ylim=(1e-17, 1e3), ylabel="relative error\n(line: worst of 30 features)"
+    )
     axes.set_xlabel("mean / standard deviation")
     axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.4))
     save(figure, options.output)

@@ -118,7 +118,9 @@ def make_network(place: str, norm: str, depth: int, rng: np.random.Generator) ->
     layers = [Tokens(rng)]
     for _ in range(depth):
         layers.append(Residual(place, norm, [Attention(rng)]))
-        layers.append(Residual(place, norm, [Dense(FEATURES, 64, rng), ReLU(), Dense(64, FEATURES, rng, gain=0.7)]))
+        layers.append(
+            Residual(place, norm, [Dense(FEATURES, 64, rng), ReLU(), Dense(64, FEATURES, rng, gain=0.7)])
+        )
     last = [Norm(norm, FEATURES)] if place == "pre" else []
     return Network([*layers, *last, Mean(), Dense(FEATURES, 10, rng, gain=0.7)])
 
@@ -140,7 +142,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
                 rng = np.random.default_rng(seed)
                 network = make_network(place, norm, options.depth, rng)
                 adam = Adam(all_layers(network.layers))
-                for _ in fit(network, adam, x, labels, epochs=options.epochs, batch_size=32, learning_rate=rate, rng=rng):
+                for _ in fit(
+                    network,
+                    adam,
+                    x,
+                    labels,
+                    epochs=options.epochs,
+                    batch_size=32,
+                    learning_rate=rate,
+                    rng=rng,
+                ):
                     pass
                 found[i, seed] = accuracy(network, x_test, labels_test)
         results[name] = found

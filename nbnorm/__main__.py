@@ -26,8 +26,8 @@ Exit status: 0 if all went well, 1 if something failed, 2 for wrong arguments, 1
 WARMUP = """\
 Compile the kernels of some norms and show the seconds that each step took.
 
-Numba compiles a kernel at its first use, for every type of array. In a program of your own call
-nbnorm.warmup(...) with the same arguments before the clock runs.
+Numba compiles a kernel at its first use, for every type of array; the code is kept on disk for the
+programs that come after (nbnorm info shows the folder). nbnorm.warmup(...) does the same in a program of your own.
 
   nbnorm warmup                                       batch norm, float32
   nbnorm warmup --norms layer_norm rms_norm --dtypes float32 float64

@@ -1,16 +1,15 @@
-"""The steps of batch norm that the one-call and the two-phase functions share."""
+"""The steps of batch norm that the one-call function, the two-phase functions and the layer share."""
 
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbnorm import _checks, _layout, running
+from nbnorm import _call, _checks, _masks, running
+from nbnorm._call import Call
 from nbnorm._dispatch import backend
-from nbnorm._view import View, batch_view
 from nbnorm.moments import Moments
 from nbnorm.running import Pair, Rule
 from nbnorm.saved import Saved
@@ -18,49 +17,20 @@ from nbnorm.saved import Saved
 Array = np.ndarray
 
 
-class Call(NamedTuple):
-    """Checked arguments of a forward call; ``x`` is laid out for ``view``, ``source`` is what came."""
+class Training(NamedTuple):
+    """Checked settings of a training call."""
 
-    operation: str
-    source: Array
-    x: Array
-    view: View
-    weight: Array | None
-    bias: Array | None
-    eps: float
-    out: Array | None
+    rule: Rule
+    small_batch: str
+    renorm: tuple[float, float] | None = None
 
 
-def prepare(
-    operation: str,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    eps: Any,
-    channel_axis: Any,
-    out: Array | None,
-    num_features: int | None = None,
-) -> Call:
-    """Check what every forward call takes, and plan; a layer knows its number of channels."""
-    source = _checks.array("x", x)
-    _checks.at_least_2d(operation, source)
-    axis = _checks.axis("channel_axis", channel_axis, source.ndim)
-    eps = _checks.eps(eps)
-    if num_features is not None:
-        _checks.channels(operation, source, axis, num_features)
-    weight = _checks.parameter("weight", weight, axis, source.shape)
-    bias = _checks.parameter("bias", bias, axis, source.shape)
-    if out is not None:
-        _checks.out("out", out, source.shape, source.dtype)
-        _checks.disjoint_from_parameters("out", out, weight, bias)
-    packed, view, _ = _layout.plan(source, partial(batch_view, channel_axis=axis))
-    return Call(operation, source, packed, view, weight, bias, eps, out)
-
-
-def keep_x(call: Call) -> None:
-    """Refuse to write over what backward needs."""
-    if call.out is not None:
-        _checks.disjoint("out", call.out, [("x", call.source)], ", which backward needs")
+def training(momentum: Any, ddof: Any, small_batch: Any, nonfinite: Any, renorm: Any = None) -> Training:
+    """Check the settings of a training call."""
+    rule = Rule(_checks.momentum(momentum), _checks.ddof(ddof), nonfinite)
+    _checks.choice("small_batch", small_batch, _checks.SMALL_BATCH)
+    _checks.choice("nonfinite", nonfinite, _checks.NONFINITE)
+    return Training(rule, small_batch, _checks.renorm(renorm))
 
 
 def running_pair(call: Call, running_mean: Any, running_var: Any) -> Pair | None:
@@ -68,56 +38,107 @@ def running_pair(call: Call, running_mean: Any, running_var: Any) -> Pair | None
     if not _checks.both_or_neither(running_mean, running_var):
         return None
     pair = running.checked_pair(running_mean, running_var, call.view.slots)
-    others = [("weight", call.weight), ("bias", call.bias), ("x", call.source), ("out", call.out)]
+    weight, bias, residual, _ = call.epilogue
+    others = [
+        ("weight", weight),
+        ("bias", bias),
+        ("x", call.source),
+        ("out", call.out),
+        ("residual", residual),
+    ]
     _checks.disjoint("running_mean", pair[0], others)
     _checks.disjoint("running_var", pair[1], others)
     return pair
 
 
 def forward_training(
-    call: Call, running_mean: Any, running_var: Any, rule: Rule, small_batch: str
+    call: Call, running_mean: Any, running_var: Any, settings: Training
 ) -> tuple[Array, Saved, int | None]:
     """Normalize by the batch's own statistics, then update the running ones.
 
     The third result is the number of channels whose update was skipped, None if there was no update at all.
     """
     pair = running_pair(call, running_mean, running_var)
-    if call.view.values == 1 and call.view.size:
-        if small_batch == "running":
-            return forward_single(call, pair, rule)
-        refuse_single_value(call, small_batch)
+    if single(call, settings):
+        if settings.small_batch == "running":
+            return forward_single(call, pair, settings.rule)
         pair = None
-    be, view = backend(call.x), call.view
-    if rule.nonfinite == "raise":
-        mean, m2 = be.moments(view, call.x)
-        running.require_finite(pair, mean, running.batch_var(view.values, m2, rule.ddof), rule)
-        rstd = be.rstd(m2, view.values, call.eps)
-        y = normalize(call, mean, rstd)
+    y, saved = normalize_batch(call, pair, settings)
+    return y, saved, track(saved, pair, settings.rule)
+
+
+def track(saved: Saved, pair: Pair | None, rule: Rule) -> int | None:
+    """Let the moments of a batch enter the running statistics; return how many channels were left out."""
+    if pair is None or saved.count == 0.0 or not saved.view.size:
+        return None
+    m = saved.moments
+    assert m is not None
+    return running.update(pair, m.mean, running.batch_var(m.count, m.m2, rule.ddof), rule)
+
+
+def normalize_batch(call: Call, pair: Pair | None, settings: Training) -> tuple[Array, Saved]:
+    """Normalize by the batch's own statistics, corrected towards the running ones by batch renormalization."""
+    correction = None
+    count = count_of(call)
+    rule = settings.rule
+    if settings.renorm is not None or rule.nonfinite == "raise":
+        mean, m2 = backend(call.x).moments(call.view, call.x, True, call.mask)
+        if rule.nonfinite == "raise":
+            running.require_finite(pair, mean, running.batch_var(count, m2, rule.ddof), rule)
+        rstd = Moments(count, mean, m2).rstd(call.eps)
+        if settings.renorm is not None:
+            correction = renormalization(call, mean, m2, count, pair, settings.renorm)
+        saved = _call.save(call, "batch_norm", mean, rstd, count, m2, correction=correction)
+        y = _call.apply(call._replace(epilogue=saved.epilogue), mean, rstd)
     else:
-        work = _layout.workspace(call.out, call.x)
-        mean, m2, rstd = be.forward(view, call.x, work, call.weight, call.bias, call.eps)
-        y = _layout.deliver(work, call.out)
+        y, mean, m2, rstd = _call.forward(call)
+        saved = _call.save(call, "batch_norm", mean, rstd, count, m2)
     warn_of_zero_over_zero(call, m2)
-    saved = _saved(call, mean, rstd, view.values, m2)
-    if pair is None or not view.size:
-        return y, saved, None
-    return y, saved, running.update(pair, mean, running.batch_var(view.values, m2, rule.ddof), rule)
+    return y, saved
 
 
-def refuse_single_value(call: Call, small_batch: str) -> None:
-    """Raise or warn where one value per channel leaves no variance to train on."""
+def count_of(call: Call) -> np.float64:
+    """Number of values that count in each channel."""
+    return np.float64(call.view.values if call.mask is None else call.mask.counts.sum())
+
+
+def renormalization(
+    call: Call, mean: Array, m2: Array, count: float, pair: Pair | None, limits: tuple[float, float]
+) -> tuple[Array, Array]:
+    """Return r and d of batch renormalization, which bring x_hat near that of the running statistics.
+
+    r = clip(std / running_std, 1 / r_max, r_max), d = clip((mean - running_mean) / running_std, -d_max, d_max).
+    """
+    if pair is None:
+        raise ValueError("running_mean and running_var are required with renorm")
+    r_max, d_max = limits
+    with np.errstate(all="ignore"):
+        running_std = np.sqrt(pair[1].astype(np.float64) + call.eps)
+        std = np.sqrt((m2 / count if count else m2) + call.eps)
+        r = np.clip(std / running_std, 1.0 / r_max, r_max)
+        d = np.clip((mean - pair[0]) / running_std, -d_max, d_max)
+    return r, d
+
+
+def single(call: Call, settings: Training) -> bool:
+    """Whether one value per channel leaves no variance to train on; raise or warn about it if that is wanted."""
+    if not call.view.size or not _masks.single(call.mask, call.view):
+        return False
     message = f"expected more than 1 value per channel when training, got input shape {call.source.shape}"
-    if small_batch == "error":
+    if call.mask is not None:
+        message += " and a mask that counts one of them"
+    if settings.small_batch == "error":
         raise ValueError(message)
-    if small_batch == "warn":
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+    if settings.small_batch == "warn":
+        warnings.warn(message, RuntimeWarning, stacklevel=5)
+    return True
 
 
 def forward_single(call: Call, pair: Pair | None, rule: Rule) -> tuple[Array, Saved, int]:
     """Normalize one value per channel by the running statistics, then update these by its deviation."""
     if pair is None:
         raise ValueError("running_mean and running_var are required when small_batch='running'")
-    value, _ = backend(call.x).moments(call.view, call.x)
+    value, _ = backend(call.x).moments(call.view, call.x, True, call.mask)
     var = (1.0 - rule.momentum) * (value - pair[0]) ** 2
     if rule.nonfinite == "raise":
         running.require_finite(pair, value, var, rule)
@@ -129,8 +150,8 @@ def forward_by_constants(call: Call, mean: Array, var: Array) -> tuple[Array, Sa
     """Normalize by a mean and a variance that backward takes as constants; both are snapshotted."""
     mean = mean.astype(np.float64)
     rstd = backend(call.x).rstd(var.astype(np.float64), 1.0, call.eps)
-    y = normalize(call, mean, rstd)
-    return y, _saved(call, mean, rstd, call.view.values, None)
+    y = _call.apply(call, mean, rstd)
+    return y, _call.save(call, "batch_norm", mean, rstd, count_of(call), None, True)
 
 
 def forward_eval(call: Call, running_mean: Any, running_var: Any) -> tuple[Array, Saved]:
@@ -144,27 +165,13 @@ def forward_eval(call: Call, running_mean: Any, running_var: Any) -> tuple[Array
 def forward_by_moments(call: Call, m: Moments, constant: bool) -> tuple[Array, Saved]:
     """Normalize by moments of the batch that x is a part of."""
     rstd = m.rstd(call.eps)
-    y = normalize(call, m.mean, rstd)
+    y = _call.apply(call, m.mean, rstd)
     warn_of_zero_over_zero(call, m.m2)
-    return y, _saved(call, m.mean, rstd, m.count, None if constant else m.m2)
-
-
-def normalize(call: Call, mean: Array, rstd: Array) -> Array:
-    """Write the result of a call for given statistics."""
-    work = _layout.workspace(call.out, call.x, call.x)
-    backend(call.x).apply(call.view, call.x, work, mean, rstd, call.weight, call.bias)
-    return _layout.deliver(work, call.out)
+    m2 = None if constant else m.m2
+    return y, _call.save(call, "batch_norm", m.mean, rstd, m.count, m2, constant)
 
 
 def warn_of_zero_over_zero(call: Call, m2: Array) -> None:
     """Warn as NumPy does where eps = 0 meets a channel without variance."""
     if call.eps == 0.0 and call.view.size and not m2.all():
-        warnings.warn(f"invalid value encountered in {call.operation}", RuntimeWarning, stacklevel=4)
-
-
-def _saved(call: Call, mean: Array, rstd: Array, count: float, m2: Array | None) -> Saved:
-    """Gather what backward needs; statistics without m2 are constants."""
-    count = np.float64(count)
-    return Saved(
-        "batch_norm", call.x, call.weight, call.bias, mean, rstd, count, m2, m2 is None, call.view, None
-    )
+        warnings.warn(f"invalid value encountered in {call.operation}", RuntimeWarning, stacklevel=5)

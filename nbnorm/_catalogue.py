@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm import functional, norms
+from nbnorm import functional, group_norms, layer_norms
 from nbnorm.saved import Saved
 
 LAYOUTS = ("channels_first", "channels_last")
@@ -50,9 +50,15 @@ NORMS = {
     norm.name: norm
     for norm in (
         Norm("batch_norm", functional.batch_norm_forward, functional.batch_norm_backward),
-        Norm("layer_norm", norms.layer_norm_forward, norms.layer_norm_backward, by_channel=False),
-        Norm("rms_norm", norms.rms_norm_forward, norms.rms_norm_backward, by_channel=False, with_bias=False),
-        Norm("group_norm", norms.group_norm_forward, norms.group_norm_backward, with_groups=True),
-        Norm("instance_norm", norms.instance_norm_forward, norms.instance_norm_backward),
+        Norm("layer_norm", layer_norms.layer_norm_forward, layer_norms.layer_norm_backward, by_channel=False),
+        Norm(
+            "rms_norm",
+            layer_norms.rms_norm_forward,
+            layer_norms.rms_norm_backward,
+            by_channel=False,
+            with_bias=False,
+        ),
+        Norm("group_norm", group_norms.group_norm_forward, group_norms.group_norm_backward, with_groups=True),
+        Norm("instance_norm", group_norms.instance_norm_forward, group_norms.instance_norm_backward),
     )
 }

@@ -10,15 +10,15 @@ import numpy as np
 
 from nbnorm._dispatch import is_cuda, type_name
 
-SUPPORTED = (np.dtype(np.float32), np.dtype(np.float64))
-_NAMES = ", ".join(dtype.name for dtype in SUPPORTED)
+PARAMETERS = (np.dtype(np.float32), np.dtype(np.float64))
+_NAMES = "float16, bfloat16, float32, float64"
 SMALL_BATCH = ("error", "warn", "zero", "running")
 NONFINITE = ("propagate", "skip", "raise")
 
 
 def array(name: str, x: Any) -> np.ndarray:
     """Return a native, aligned float array that shares the memory of x where it can."""
-    if type(x) is np.ndarray and x.dtype in SUPPORTED and x.flags.aligned:
+    if type(x) is np.ndarray and x.dtype in PARAMETERS and x.flags.aligned:
         return x
     if is_cuda(x):
         raise RuntimeError(
@@ -33,17 +33,24 @@ def array(name: str, x: Any) -> np.ndarray:
     value = np.asarray(x)
     if listed and value.dtype.kind in "biu":
         value = value.astype(np.float64)
+    if supported(value.dtype):
+        return np.require(value, value.dtype, "A")
     _float_dtype(name, value.dtype)
     return np.require(value, value.dtype.newbyteorder("="), "A")
 
 
+def supported(dtype: np.dtype[Any]) -> bool:
+    """Whether elements may have a native dtype; bfloat16 is that of ml_dtypes, which need not be there."""
+    return dtype in PARAMETERS or dtype == np.float16 or dtype.name == "bfloat16"
+
+
 def _float_dtype(name: str, dtype: np.dtype[Any]) -> None:
     """Refuse every dtype but the supported ones, in either byte order."""
-    if dtype.newbyteorder("=") in SUPPORTED:
-        return
     if dtype.kind in "biu":
         raise TypeError(f"{name} has dtype {dtype}; cast to float32 or float64 first")
-    if dtype.kind == "f":
+    if dtype.kind == "f" or dtype.name.startswith("float8"):
+        if supported(dtype.newbyteorder("=")):
+            return
         raise TypeError(f"{name}: dtype {dtype} is not supported; supported: {_NAMES}")
     raise TypeError(f"{name} must be a real floating array, got dtype {dtype}")
 
@@ -138,6 +145,55 @@ def parameter(name: str, value: Any, channel_axis: int, x_shape: tuple[int, ...]
     return checked
 
 
+def activation(value: Any) -> tuple[str, float] | None:
+    """Return the name of an activation and its slope, or None."""
+    if value is None:
+        return None
+    name, slope = value, 0.0
+    if isinstance(value, (tuple, list)) and len(value) == 2 and value[0] == "leaky_relu":
+        name, slope = value[0], _number(value[1])
+    elif value == "leaky_relu" or not isinstance(value, str) or value not in ("relu", "silu"):
+        name = ""
+    if not name or not np.isfinite(slope):
+        raise ValueError(f"activation must be None, 'relu', ('leaky_relu', slope) or 'silu', got {value!r}")
+    return name, slope
+
+
+def mask(value: Any, expected: tuple[int, ...]) -> np.ndarray:
+    """Return the weights of a mask, broadcast to the shape of x without its channels."""
+    if is_cuda(value) or isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"mask must be a NumPy array, got {type_name(value)}")
+    weights = np.asarray(value)
+    if weights.dtype.kind not in "biuf":
+        raise TypeError(f"mask must be boolean or floating, got dtype {weights.dtype}")
+    try:
+        weights = np.broadcast_to(weights, expected)
+    except ValueError:
+        raise ValueError(
+            f"mask has shape {weights.shape}, expected {expected}, the shape of x without its channel axis, or one "
+            "that broadcasts to it"
+        ) from None
+    if weights.dtype.kind != "b" and not (np.isfinite(weights).all() and (weights >= 0).all()):
+        worst = weights[~(np.isfinite(weights) & (weights >= 0))].flat[0]
+        raise ValueError(f"mask must hold finite weights >= 0, got {worst}")
+    return weights
+
+
+def renorm(value: Any) -> tuple[float, float] | None:
+    """Return the limits r_max and d_max of batch renormalization, or None."""
+    if value is None:
+        return None
+    limits = tuple(_number(limit) for limit in value) if isinstance(value, (tuple, list)) else ()
+    if len(limits) != 2 or not limits[0] >= 1.0 or not limits[1] >= 0.0:
+        raise ValueError(f"renorm must be (r_max, d_max) with r_max >= 1 and d_max >= 0, got {value!r}")
+    return limits[0], limits[1]
+
+
+def virtual_batch_size(value: Any) -> int | None:
+    """Return the number of samples of a virtual batch, or None."""
+    return None if value is None else positive_integer("virtual_batch_size", value)
+
+
 def trailing_axes(norm: str, value: Any, ndim: int) -> int:
     """Return where the normalized axes start: an int names the last axis, a tuple the trailing ones."""
     if ndim < 1:
@@ -184,7 +240,7 @@ def running(name: str, value: Any, channels: int) -> np.ndarray:
     """Return a running statistic that will be updated in place."""
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name} must be a NumPy array, which is updated in place, got {type_name(value)}")
-    if value.dtype not in SUPPORTED:
+    if value.dtype not in PARAMETERS:
         raise TypeError(f"{name} has dtype {value.dtype}, expected float32 or float64")
     shape(name, value, (channels,))
     if not value.flags.writeable:
@@ -276,10 +332,10 @@ def need(value: Any, known: tuple[str, ...]) -> frozenset[str]:
 
 def parameter_dtype(value: Any) -> np.dtype[Any]:
     """Return the dtype of a layer's parameters."""
-    for supported in SUPPORTED:
-        if supported == value:
-            return supported
-    raise TypeError(f"dtype must be one of {_NAMES}, got {value!r}")
+    for candidate in PARAMETERS:
+        if candidate == value:
+            return candidate
+    raise TypeError(f"dtype must be float32 or float64, got {value!r}")
 
 
 def channels(layer: str, x: np.ndarray, channel_axis: int, expected: int) -> None:

@@ -24,18 +24,32 @@ def backward(
     out: Any,
     names: tuple[str, ...] = GRADIENTS,
 ) -> tuple[Array | None, ...]:
-    """Return the gradients of one norm in the order of ``names``, None for those that are not wanted."""
+    """Return the gradients of one norm in the order of ``names``, None for those that are not wanted.
+
+    With a residual there is one more, dresidual; who wants all of ``names`` wants it, too.
+    """
     check_saved(norm, saved)
-    needed = _checks.need(need, names)
+    known = (*names, "dresidual") if saved.with_residual else names
+    needed = _checks.need(need, known)
+    if needed >= set(names):
+        needed |= set(known)
     dy = gradient(dy, saved)
-    likes = (saved.x, saved.weight, saved.bias)[: len(names)]
-    wanted = [name in needed and like is not None for name, like in zip(names, likes, strict=True)]
-    buffers = _buffers(out, names, likes, wanted)
-    dx, sums = _differentiate(dy, saved, wanted[0], any(wanted[1:]), buffers[0])
+    likes = (saved.x, saved.weight, saved.bias)[: len(names)] + (saved.x,) * saved.with_residual
+    wanted = [name in needed and like is not None for name, like in zip(known, likes, strict=True)]
+    buffers = _buffers(out, known, likes, wanted, saved)
+    inputs = [wanted[0], saved.with_residual and wanted[-1]]
+    dx, dresidual, sums = _differentiate(
+        dy,
+        saved,
+        inputs,
+        any(wanted[1 : len(names)]),
+        buffers[0],
+        buffers[-1] if saved.with_residual else None,
+    )
     gradients = [dx]
     for which, like, buffer, is_wanted in zip((1, 0), likes[1:], buffers[1:], wanted[1:], strict=False):
         gradients.append(_cast(sums[which], like, buffer) if is_wanted else None)
-    return tuple(gradients)
+    return (*gradients, dresidual) if saved.with_residual else tuple(gradients)
 
 
 def check_saved(norm: str, saved: Any) -> None:
@@ -43,6 +57,12 @@ def check_saved(norm: str, saved: Any) -> None:
     _checks.instance("saved", saved, Saved)
     if saved.norm != norm:
         raise ValueError(f"saved comes from {saved.norm}_forward, expected {norm}_forward")
+
+
+def check_whole(saved: Saved) -> None:
+    """Refuse what virtual batches have saved, whose sums are not those of one batch."""
+    if saved.parts:
+        raise ValueError("saved comes from a call with virtual_batch_size; use batch_norm_backward")
 
 
 def gradient(dy: Any, saved: Saved) -> Array:
@@ -55,33 +75,102 @@ def gradient(dy: Any, saved: Saved) -> Array:
 
 def grad_sums(dy: Array, saved: Saved) -> Sums:
     """Sums of dz and of dz * x_hat that belong to each parameter."""
-    sums: Sums = backend(saved.x).grad_sums(saved.view, saved.x, dy, *_statistics(saved))
+    sums: Sums = backend(saved.x).grad_sums(
+        saved.view, saved.x, dy, *_statistics(saved), saved.epilogue, saved.mask
+    )
     return sums
 
 
-def input_grad(dy: Array, saved: Saved, sums: Sums | None, out: Array | None) -> Array:
-    """Dx for given gradient sums, None for constant statistics."""
-    target = _layout.result(saved) if out is None else out
-    dx = _layout.workspace(target, saved.x, dy, saved.x)
+def input_grad(
+    dy: Array,
+    saved: Saved,
+    sums: Sums | None,
+    out: Array | None,
+    out_residual: Array | None,
+    with_residual: bool,
+) -> tuple[Array, Array | None]:
+    """Dx, and dresidual if it is wanted, for given gradient sums, None for constant statistics."""
+    dx, dresidual = _room(dy, saved, out, out_residual, with_residual)
     backend(saved.x).input_grad(
-        saved.view, saved.x, dy, dx, *_statistics(saved), saved.weight, sums, saved.count
-    )
-    return _layout.deliver(dx, target)
+        saved.view, saved.x, dy, dx[1], dresidual[1], *_statistics(saved), saved.epilogue, sums, saved.count,
+        saved.mask,
+    )  # fmt: skip
+    return _layout.deliver(dx[1], dx[0]), _delivered(dresidual)
 
 
 def _differentiate(
-    dy: Array, saved: Saved, with_dx: bool, with_parameters: bool, out: Array | None
-) -> tuple[Array | None, Any]:
-    """Return dx and the parameters' sums, each None where it is not wanted."""
-    if not with_dx or saved.constant:
+    dy: Array,
+    saved: Saved,
+    inputs: list[bool],
+    with_parameters: bool,
+    out: Array | None,
+    out_residual: Array | None,
+) -> tuple[Array | None, Array | None, Any]:
+    """Return dx, dresidual and the parameters' gradients, each None where it is not wanted."""
+    if saved.parts:
+        return _differentiate_parts(dy, saved, inputs, with_parameters, out, out_residual)
+    with_dx, with_residual = inputs
+    dx = dresidual = sums = None
+    if (with_dx or with_residual) and (saved.constant or not with_dx):
         sums = grad_sums(dy, saved) if with_parameters else None
-        return input_grad(dy, saved, None, out) if with_dx else None, sums
-    target = _layout.result(saved) if out is None else out
-    dx = _layout.workspace(target, saved.x, dy, saved.x)
-    sums = backend(saved.x).backward(
-        saved.view, saved.x, dy, dx, *_statistics(saved), saved.weight, saved.count, with_parameters
+        dx, dresidual = input_grad(dy, saved, None, out, out_residual, with_residual)
+    elif with_dx:
+        rooms = _room(dy, saved, out, out_residual, with_residual)
+        sums = backend(saved.x).backward(
+            saved.view, saved.x, dy, rooms[0][1], rooms[1][1], *_statistics(saved), saved.epilogue, saved.count,
+            saved.mask, with_parameters,
+        )  # fmt: skip
+        dx, dresidual = _layout.deliver(rooms[0][1], rooms[0][0]), _delivered(rooms[1])
+    elif with_parameters:
+        sums = grad_sums(dy, saved)
+    return dx if with_dx else None, dresidual, _corrected(sums, saved)
+
+
+def _corrected(sums: Sums | None, saved: Saved) -> Sums | None:
+    """Turn the sum of dz * x_hat into dweight where batch renormalization has changed x_hat."""
+    if sums is None or saved.correction is None:
+        return sums
+    r, d = saved.correction
+    return sums[0], sums[1] * r + sums[0] * d
+
+
+def _differentiate_parts(
+    dy: Array,
+    saved: Saved,
+    inputs: list[bool],
+    with_parameters: bool,
+    out: Array | None,
+    out_residual: Array | None,
+) -> tuple[Array | None, Array | None, Any]:
+    """Differentiate each virtual batch, into its part of the results; the parameters' gradients are added."""
+    dx, dresidual = _room(dy, saved, out, out_residual, inputs[1])
+    total = np.zeros((2, saved.rstd.shape[-1])) if with_parameters else None
+    for where, part in zip(saved.places, saved.parts, strict=True):
+        own = dx[1][where], None if dresidual[1] is None else dresidual[1][where]
+        _, _, sums = _differentiate(gradient(dy[where], part), part, inputs, with_parameters, *own)
+        if total is not None:
+            total += sums
+    return _layout.deliver(dx[1], dx[0]) if inputs[0] else None, _delivered(dresidual), total
+
+
+def _room(
+    dy: Array, saved: Saved, out: Array | None, out_residual: Array | None, with_residual: bool
+) -> tuple[tuple[Array, Array], tuple[Array | None, Array | None]]:
+    """Return, for dx and for dresidual, the result and where kernels may write it."""
+    dx = _layout.result(saved) if out is None else out
+    inputs = [saved.x, dy] + ([] if saved.residual is None else [saved.residual])
+    if not with_residual:
+        return (dx, _layout.workspace(dx, saved.x, *inputs)), (None, None)
+    dresidual = _layout.result(saved) if out_residual is None else out_residual
+    return (
+        (dx, _layout.workspace(dx, saved.x, *inputs)),
+        (dresidual, _layout.workspace(dresidual, saved.x, *inputs)),
     )
-    return _layout.deliver(dx, target), sums
+
+
+def _delivered(room: tuple[Array | None, Array | None]) -> Array | None:
+    """Return an optional result in the buffer that was asked for."""
+    return None if room[1] is None else _layout.deliver(room[1], room[0])
 
 
 def _statistics(saved: Saved) -> tuple[Array | None, Array]:
@@ -90,7 +179,7 @@ def _statistics(saved: Saved) -> tuple[Array | None, Array]:
 
 
 def _buffers(
-    out: Any, names: tuple[str, ...], likes: tuple[Array | None, ...], wanted: list[bool]
+    out: Any, names: tuple[str, ...], likes: tuple[Array | None, ...], wanted: list[bool], saved: Saved
 ) -> tuple[Array | None, ...]:
     """Return checked result buffers; one for a gradient that is not computed is refused."""
     if out is None:
@@ -104,9 +193,17 @@ def _buffers(
             raise ValueError(f"out[{i}] was given, but {name} is not computed")
         if buffer is not None and like is not None:
             _checks.out(f"out[{i}]", buffer, like.shape, like.dtype)
-            _checks.disjoint_from_parameters(f"out[{i}]", buffer, *likes[1:], *[None] * (3 - len(likes)))
+            _checks.disjoint_from_parameters(f"out[{i}]", buffer, saved.weight, saved.bias)
             _checks.disjoint(f"out[{i}]", buffer, [(f"out[{k}]", out[k]) for k in range(i)])
     return out
+
+
+def input_buffers(out: Any, saved: Saved) -> tuple[Array | None, Array | None]:
+    """Return checked buffers for dx and dresidual: one array, or a tuple of two with a residual."""
+    if not saved.with_residual:
+        return _buffers(None if out is None else (out,), ("dx",), (saved.x,), [True], saved)[0], None
+    buffers = _buffers(out, ("dx", "dresidual"), (saved.x, saved.x), [True, True], saved)
+    return buffers[0], buffers[1]
 
 
 def _cast(values: Array, like: Array | None, out: Array | None) -> Array:

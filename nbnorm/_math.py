@@ -1,6 +1,7 @@
 """Each formula once: scalar functions without fastmath, compiled for whichever device calls them.
 
-Statistics and sums are float64; what meets an element has the type of the array (``like`` stands for it).
+Statistics and sums are float64; what meets an element has the type that elements are computed in, which is
+float64 for float64 arrays and float32 for all others (an array ``like`` stands for it).
 """
 
 from __future__ import annotations
@@ -8,11 +9,32 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 
 # Called by kernels alone: without wrappers for Python and C a function compiles in two thirds of the time.
 INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 formula = njit(**INNER)
+
+
+def by_type(function: Any) -> Any:
+    """Register what chooses a formula by the types of its arguments while kernels compile.
+
+    Python calls the function itself, kernels what the chooser returns.
+    """
+    return overload(function, jit_options=INNER)  # type: ignore[arg-type]
+
+
+def rounded(value, like):
+    """Round to the type in which elements of an array are computed."""
+    return np.float64(value) if like.itemsize == 8 else np.float32(value)
+
+
+@by_type(rounded)
+def _rounded(value, like):
+    if like.dtype == types.float64:
+        return lambda value, like: np.float64(value)
+    return lambda value, like: np.float32(value)
 
 
 @formula
@@ -58,15 +80,15 @@ def reciprocal_std(m2, n, eps):
 
 @formula
 def affine(mean, rstd, weight, bias, like):
-    """Coefficients (mean_hi, scale, shift) of `normalize` in the type of ``like``.
+    """Coefficients (mean_hi, scale, shift) of `normalize`.
 
     ``mean_hi`` is the mean rounded to that type; the bits it lacks go into the shift, so that nothing is
     lost where the mean is much larger than the standard deviation.
     """
-    mean_hi = like.dtype.type(mean)
+    mean_hi = rounded(mean, like)
     scale = rstd * weight
     shift = bias - (mean - mean_hi) * scale
-    return mean_hi, like.dtype.type(scale), like.dtype.type(shift)
+    return mean_hi, rounded(scale, like), rounded(shift, like)
 
 
 @formula
@@ -76,27 +98,39 @@ def normalize(x, mean_hi, scale, shift):
 
 
 @formula
-def gradient_terms(mean, rstd, sum_g, sum_g_x_hat, n, centered, constant, like):
-    """Coefficients (slope, offset) of `input_gradient` in the type of ``like``, and the factor of its gain.
+def standardize(x, mean_hi, rstd):
+    """x_hat, relative to the rounded mean."""
+    return (x - mean_hi) * rstd
+
+
+@formula
+def recentered(sum_dz_x_hat, sum_dz, mean, mean_hi, rstd):
+    """Sum of dz * x_hat from the sum that was taken relative to the rounded mean."""
+    return sum_dz_x_hat - (mean - mean_hi) * rstd * sum_dz
+
+
+@formula
+def gradient_terms(mean, rstd, sum_g, sum_g_x_hat, n, centered, constant, masked, like):
+    """Coefficients (slope, offset) of `input_gradient`, and the factor of its gain.
 
     dx = rstd * (g - c1 - x_hat * c2), where g = dz * weight, and c1 and c2 are the means of g and g * x_hat.
-    Constant statistics have neither c1 nor c2, and without centering there is no c1. A centered slot of one
-    value has dx = 0, exactly.
+    Constant statistics and those of no value have neither c1 nor c2, and without centering there is no c1. A
+    centered slot of one value has dx = 0, exactly; with a mask it may have outputs besides that value.
     """
     factor = rstd
     slope = offset = 0.0
-    if centered and not constant and n == 1.0:
+    if centered and not constant and not masked and n == 1.0:
         factor = 0.0
-    elif not constant:
+    elif not constant and n > 0.0:
         slope = -rstd * (sum_g_x_hat / n)
         if centered:
-            offset = -rstd * (sum_g / n) - (mean - like.dtype.type(mean)) * rstd * slope
-    return like.dtype.type(slope), like.dtype.type(offset), factor
+            offset = -rstd * (sum_g / n) - (mean - rounded(mean, like)) * rstd * slope
+    return rounded(slope, like), rounded(offset, like), factor
 
 
 @formula
 def input_gradient(dz, x_hat, slope, offset, gain):
-    """Dx of one element; ``x_hat`` = (x - mean_hi) * rstd, relative to the rounded mean."""
+    """Dx of one element; ``x_hat`` is that of `standardize`."""
     return dz * gain + (x_hat * slope + offset)
 
 

@@ -76,8 +76,13 @@ def memory_order(shape: Shape, strides: Shape, itemsize: int) -> Shape | None:
 
 
 @lru_cache(maxsize=4096)
-def batch_view(shape: Shape, strides: Shape, itemsize: int, channel_axis: int) -> View | None:
-    """Plan batch norm: any dense permutation of the axes, a slot per channel; None for an array with gaps."""
+def batch_view(
+    shape: Shape, strides: Shape, itemsize: int, channel_axis: int, masked: bool = False
+) -> View | None:
+    """Plan batch norm: any dense permutation of the axes, a slot per channel; None for an array with gaps.
+
+    A mask gives every position its weight, so that short segments cannot lie side by side as columns.
+    """
     order = memory_order(shape, strides, itemsize)
     if order is None:
         return None
@@ -85,18 +90,19 @@ def batch_view(shape: Shape, strides: Shape, itemsize: int, channel_axis: int) -
     at = order.index(channel_axis) if channels > 1 else 0
     outer = prod(shape[axis] for axis in order[:at])
     inner = prod(shape) // (outer * channels) if channels else 0
-    down = inner == 1 or (outer > 1 and inner <= SHORT_SEGMENT)
+    down = inner == 1 or (outer > 1 and inner <= SHORT_SEGMENT and not masked)
     return View(1, outer, channels, inner, channels, 1, inner, "columns" if down else "planes")
 
 
 @lru_cache(maxsize=4096)
 def group_view(
-    shape: Shape, strides: Shape, itemsize: int, channel_axis: int, num_groups: int
+    shape: Shape, strides: Shape, itemsize: int, channel_axis: int, num_groups: int, plain: bool = True
 ) -> View | None:
     """Plan group norm: blocks of neighbouring channels of one sample share statistics; of one channel: instance norm.
 
     Samples lie on the first axis that is not the channels'. Memory order (samples, channels, space) and
-    (samples, space, channels) need no copy; None stands for every other one.
+    (samples, space, channels) need no copy; None stands for every other one. Rows take no option but weight and
+    bias, so that anything else is not ``plain`` and goes down columns.
     """
     order = memory_order(shape, strides, itemsize)
     if order is None:
@@ -109,6 +115,8 @@ def group_view(
     sample = (sample_axis,) if samples > 1 else ()
     channel = (channel_axis,) if channels > 1 else ()
     if order == sample + channel + spatial:
+        if space == 1 and width > 1 and not plain:
+            return View(samples, 1, num_groups, width, num_groups, width, 1, "columns")
         traversal = "rows" if space == 1 and width > 1 else "planes"
         return View(1, 1, samples * num_groups, width * space, num_groups, width, space, traversal)
     if order == sample + spatial + channel:

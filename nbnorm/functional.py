@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm import _batch, _checks, _gradients
+from nbnorm import _batch, _call, _checks, _ghost, _gradients
+from nbnorm._call import Activation, Options
 from nbnorm._gradients import GRADIENTS
-from nbnorm.running import Rule
 from nbnorm.saved import Saved
 
 Array = np.ndarray
@@ -27,13 +27,18 @@ def batch_norm_forward(
     ddof: int = 1,
     eps: float = 1e-5,
     channel_axis: int = 1,
+    activation: Activation = None,
+    residual: Any = None,
+    mask: Any = None,
+    renorm: tuple[float, float] | None = None,
+    virtual_batch_size: int | None = None,
     small_batch: str = "error",
     nonfinite: str = "propagate",
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
     r"""Normalize each channel of a batch, scale and shift it, and update the running statistics.
 
-    .. math:: y = \frac{x - mean}{\sqrt{var + eps}} \cdot weight + bias
+    .. math:: y = act\left(\frac{x - mean}{\sqrt{var + eps}} \cdot weight + bias + residual\right)
 
     where mean and (biased) var are taken over all axes but the channels', or, with ``training=False``,
     are the running ones.
@@ -41,7 +46,7 @@ def batch_norm_forward(
     Parameters
     ----------
     x : array_like, shape (N, C, ...) or any other with a channel axis
-        float32 or float64, with any strides.
+        float16, bfloat16 (of ml_dtypes), float32 or float64, with any strides. Halves are computed in float32.
     weight, bias : array_like, shape (C,), optional
         Scale and shift per channel; None stands for 1 and 0.
     running_mean, running_var : ndarray, shape (C,), optional
@@ -58,6 +63,20 @@ def batch_norm_forward(
         Added to the variance.
     channel_axis : int
         The axis that keeps its own statistics: 1 for channels first, -1 for channels last.
+    activation : {None, "relu", "silu"} or ("leaky_relu", slope)
+        Computed in the same pass; backward recomputes its sign instead of keeping a mask.
+    residual : array_like, optional
+        Added before the activation, with the shape and dtype of x. Backward then returns its gradient, too.
+    mask : array_like, shape of x without the channels or broadcastable to it, optional
+        Which positions count in the statistics: booleans, or weights >= 0 that say how often. What does not count
+        (NaN padding, say) is normalized, but has no part in the statistics.
+    renorm : (r_max, d_max), optional
+        Batch renormalization: the output is brought near that of the running statistics, by a factor within
+        [1 / r_max, r_max] and a shift within [-d_max, d_max], both constants in backward. Needs running
+        statistics; ignored in eval mode.
+    virtual_batch_size : int, optional
+        Ghost batch norm: so many consecutive samples share statistics, as if they were a batch; the last such
+        group may be smaller. The running statistics see the whole batch. Ignored in eval mode.
     small_batch : {"error", "warn", "zero", "running"}
         What happens in training when a channel has one value only: a ValueError; the output ``bias`` without
         an update of the running statistics, with or without a warning; or normalization by the running
@@ -66,7 +85,8 @@ def batch_norm_forward(
         What a NaN or infinite batch statistic, or one that overflows the running buffer, does to the running
         ones: enters them; leaves the channel's old ones; raises before anything is written.
     out : ndarray, optional
-        Buffer for y, with the shape and dtype of x and any strides; it must not share memory with x.
+        Buffer for y, with the shape and dtype of x and any strides; it must not share memory with x, nor, below
+        an activation, with the residual.
 
     Returns
     -------
@@ -90,6 +110,8 @@ def batch_norm_forward(
     References
     ----------
     Ioffe, Szegedy: Batch Normalization (2015), https://arxiv.org/abs/1502.03167.
+    Ioffe: Batch Renormalization (2017), https://arxiv.org/abs/1702.03275.
+    Hoffer, Hubara, Soudry: Train longer, generalize better (2017; ghost batch norm), https://arxiv.org/abs/1705.08741.
 
     Examples
     --------
@@ -102,15 +124,16 @@ def batch_norm_forward(
     >>> saved.mean
     array([ 2., 20.])
     """
-    call = _batch.prepare("batch_norm_forward", x, weight, bias, eps, channel_axis, out)
-    momentum, ddof = _checks.momentum(momentum), _checks.ddof(ddof)
-    _checks.choice("small_batch", small_batch, _checks.SMALL_BATCH)
-    _checks.choice("nonfinite", nonfinite, _checks.NONFINITE)
-    _batch.keep_x(call)
+    options = Options(activation, residual, mask)
+    call = _call.batch_call("batch_norm_forward", x, weight, bias, eps, channel_axis, out, options)
+    settings = _batch.training(momentum, ddof, small_batch, nonfinite, renorm)
+    size = _checks.virtual_batch_size(virtual_batch_size)
+    _call.keep_x(call)
     if not training:
         return _batch.forward_eval(call, running_mean, running_var)
-    rule = Rule(momentum, ddof, nonfinite)
-    y, saved, _ = _batch.forward_training(call, running_mean, running_var, rule, small_batch)
+    y, saved, _ = _ghost.forward_training(
+        call, size, channel_axis, options, running_mean, running_var, settings
+    )
     return y, saved
 
 
@@ -123,16 +146,18 @@ def batch_norm_inference(
     *,
     eps: float = 1e-5,
     channel_axis: int = 1,
+    activation: Activation = None,
+    residual: Any = None,
     out: Array | None = None,
 ) -> Array:
     r"""Normalize each channel by given statistics, as a trained network does.
 
-    .. math:: y = \frac{x - mean}{\sqrt{var + eps}} \cdot weight + bias
+    .. math:: y = act\left(\frac{x - mean}{\sqrt{var + eps}} \cdot weight + bias + residual\right)
 
     Parameters
     ----------
     x : array_like, shape (N, C, ...) or any other with a channel axis
-        float32 or float64, with any strides.
+        float16, bfloat16 (of ml_dtypes), float32 or float64, with any strides.
     mean, var : array_like, shape (C,)
         Statistics of each channel, usually the running ones.
     weight, bias : array_like, shape (C,), optional
@@ -141,8 +166,12 @@ def batch_norm_inference(
         Added to the variance.
     channel_axis : int
         The axis of the channels.
+    activation : {None, "relu", "silu"} or ("leaky_relu", slope)
+        Computed in the same pass.
+    residual : array_like, optional
+        Added before the activation, with the shape and dtype of x.
     out : ndarray, optional
-        Buffer for y, with the shape and dtype of x and any strides; it may be x itself.
+        Buffer for y, with the shape and dtype of x and any strides; it may be x itself, or the residual.
 
     Returns
     -------
@@ -161,12 +190,10 @@ def batch_norm_inference(
     array([[-1.],
            [ 1.]])
     """
-    call = _batch.prepare("batch_norm_inference", x, weight, bias, eps, channel_axis, out)
-    mean, var = (
-        _checks.statistic("mean", mean, call.view.slots),
-        _checks.statistic("var", var, call.view.slots),
-    )
-    return _batch.forward_by_constants(call, mean, var)[0]
+    options = Options(activation, residual)
+    call = _call.batch_call("batch_norm_inference", x, weight, bias, eps, channel_axis, out, options)
+    mean = _checks.statistic("mean", mean, call.view.slots)
+    return _batch.forward_by_constants(call, mean, _checks.statistic("var", var, call.view.slots))[0]
 
 
 def batch_norm_backward(
@@ -175,14 +202,15 @@ def batch_norm_backward(
     *,
     need: Collection[str] = GRADIENTS,
     out: tuple[Array | None, ...] | None = None,
-) -> tuple[Array | None, Array | None, Array | None]:
-    r"""Gradients of `batch_norm_forward` by x, weight and bias.
+) -> tuple[Array | None, ...]:
+    r"""Gradients of `batch_norm_forward` by x, weight, bias and residual.
 
     .. math::
         dx = rstd \cdot \left(g - \overline{g} - \hat x \cdot \overline{g \hat x}\right),
-        \quad g = dy \cdot weight, \quad dweight = \sum dy \, \hat x, \quad dbias = \sum dy
+        \quad g = dz \cdot weight, \quad dweight = \sum dz \, \hat x, \quad dbias = \sum dz
 
-    with means and sums over each channel; constant statistics (eval) leave dx = rstd * g.
+    with means and sums over each channel, and dz = dy * act'(z), the gradient by what the activation takes;
+    constant statistics (eval) leave dx = rstd * g.
 
     Parameters
     ----------
@@ -190,10 +218,11 @@ def batch_norm_backward(
         Gradient of the loss by y, with the shape and dtype of x and any strides.
     saved : Saved
         From the forward call. It is not changed: backward may run again.
-    need : collection of {"dx", "dweight", "dbias"}
-        The gradients to compute; the others come back as None and cost nothing.
+    need : collection of {"dx", "dweight", "dbias", "dresidual"}
+        The gradients to compute; the others come back as None and cost nothing. All of the first three stand for
+        all that there are.
     out : tuple of (ndarray or None), optional
-        Buffers for dx, dweight and dbias. dx may go into dy.
+        Buffers for the gradients, as many as are returned. dx may go into dy.
 
     Returns
     -------
@@ -201,6 +230,8 @@ def batch_norm_backward(
         With the shape, dtype and memory order of x.
     dweight, dbias : ndarray or None
         Summed in float64, with the dtypes of weight and bias; None where forward had none.
+    dresidual : ndarray or None
+        dz, with the shape, dtype and memory order of x; returned only if forward had a residual.
 
     Raises
     ------
@@ -216,5 +247,4 @@ def batch_norm_backward(
     >>> dbias
     array([1.])
     """
-    dx, dweight, dbias = _gradients.backward("batch_norm", dy, saved, need, out)
-    return dx, dweight, dbias
+    return _gradients.backward("batch_norm", dy, saved, need, out)

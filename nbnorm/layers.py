@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm import _batch, _checks, functional
-from nbnorm.running import Rule
+from nbnorm import _batch, _call, _checks, _ghost, functional
 from nbnorm.saved import Saved
 
 Array = np.ndarray
@@ -164,22 +163,33 @@ class BatchNorm:
 
     def forward(self, x: Any, *, out: Array | None = None) -> tuple[Array, Saved]:
         """Normalize x; return y and what `backward` needs, for several calls in flight."""
-        call = _batch.prepare(
-            "BatchNorm", x, self.weight, self.bias, self.eps, self.channel_axis, out, self.num_features
+        options = _call.Options()
+        call = _call.batch_call(
+            "BatchNorm",
+            x,
+            self.weight,
+            self.bias,
+            self.eps,
+            self.channel_axis,
+            out,
+            options,
+            self.num_features,
         )
-        _batch.keep_x(call)
+        _call.keep_x(call)
         with self._lock:
             if self.training or self._running is None:
-                return self._train_on(call)
+                return self._train_on(call, options)
             mean, var = (statistic.copy() for statistic in self._running)
         return _batch.forward_eval(call, mean, var)
 
-    def _train_on(self, call: _batch.Call) -> tuple[Array, Saved]:
+    def _train_on(self, call: _call.Call, options: _call.Options) -> tuple[Array, Saved]:
         """Normalize by the batch and track it; under the lock, so that threads lose no update."""
         momentum = 1.0 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
-        rule = Rule(momentum, self.ddof, self.nonfinite)
+        settings = _batch.training(momentum, self.ddof, self.small_batch, self.nonfinite)
         mean, var = self._running or (None, None)
-        y, saved, update = _batch.forward_training(call, mean, var, rule, self.small_batch)
+        y, saved, update = _ghost.forward_training(
+            call, None, self.channel_axis, options, mean, var, settings
+        )
         self.num_batches_tracked += update is not None
         self.skipped_updates += update or 0
         return y, saved
@@ -195,7 +205,7 @@ class BatchNorm:
         if saved is None:
             raise RuntimeError("backward called before forward, or after a call with keep=False")
         into = (None, None) if accumulate else (self.grads.get("weight"), self.grads.get("bias"))
-        dx, *gradients = functional.batch_norm_backward(dy, saved, out=(out, *into))
+        dx, *gradients = functional.batch_norm_backward(dy, saved, out=(out, *into))[:3]
         if accumulate:
             for name, gradient in zip(("weight", "bias"), gradients, strict=True):
                 if gradient is not None:

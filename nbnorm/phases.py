@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm import _batch, _checks, _gradients
+from nbnorm import _batch, _call, _checks, _gradients
+from nbnorm._call import Activation, Options
 from nbnorm._dispatch import backend
 from nbnorm.moments import GradSums, Moments
 from nbnorm.saved import Saved
@@ -17,15 +18,17 @@ from nbnorm.saved import Saved
 Array = np.ndarray
 
 
-def batch_moments(x: Any, channel_axis: int = 1) -> Moments:
+def batch_moments(x: Any, channel_axis: int = 1, mask: Any = None) -> Moments:
     """Count, mean and sum of squared deviations of each channel.
 
     Parameters
     ----------
     x : array_like, shape (N, C, ...) or any other with a channel axis
-        float32 or float64, with any strides.
+        float16, bfloat16 (of ml_dtypes), float32 or float64, with any strides.
     channel_axis : int
         The axis of the channels.
+    mask : array_like, shape of x without the channels or broadcastable to it, optional
+        Which positions count: booleans, or weights >= 0 that say how often.
 
     Returns
     -------
@@ -43,8 +46,9 @@ def batch_moments(x: Any, channel_axis: int = 1) -> Moments:
     >>> nbnorm.batch_moments(np.array([[1.0, 2.0], [3.0, 6.0]])).mean
     array([2., 4.])
     """
-    call = _batch.prepare("batch_moments", x, None, None, 0.0, channel_axis, None)
-    return Moments(call.view.values, *backend(call.x).moments(call.view, call.x))
+    call = _call.batch_call("batch_moments", x, None, None, 0.0, channel_axis, None, Options(mask=mask))
+    mean, m2 = backend(call.x).moments(call.view, call.x, True, call.mask)
+    return Moments(_batch.count_of(call), mean, m2)
 
 
 def batch_norm_apply(
@@ -56,6 +60,9 @@ def batch_norm_apply(
     constant: bool = False,
     eps: float = 1e-5,
     channel_axis: int = 1,
+    activation: Activation = None,
+    residual: Any = None,
+    mask: Any = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
     """Normalize a part of a batch by the moments of the whole batch.
@@ -63,7 +70,7 @@ def batch_norm_apply(
     Parameters
     ----------
     x : array_like
-        A part of the batch, float32 or float64, with any strides.
+        A part of the batch: float16, bfloat16 (of ml_dtypes), float32 or float64, with any strides.
     m : Moments
         Merged over all parts.
     weight, bias : array_like, shape (C,), optional
@@ -74,6 +81,10 @@ def batch_norm_apply(
         Added to the variance.
     channel_axis : int
         The axis of the channels.
+    activation, residual
+        As in `batch_norm_forward`.
+    mask : array_like, optional
+        The mask of the part's moments: what does not count gets no gradient from them.
     out : ndarray, optional
         Buffer for y, with the shape and dtype of x and any strides; it must not share memory with x.
 
@@ -98,14 +109,15 @@ def batch_norm_apply(
     >>> y.round(4)
     array([[1.3887]])
     """
-    call = _batch.prepare("batch_norm_apply", x, weight, bias, eps, channel_axis, out)
+    options = Options(activation, residual, mask)
+    call = _call.batch_call("batch_norm_apply", x, weight, bias, eps, channel_axis, out, options)
     _checks.instance("m", m, Moments)
     _checks.shape("m.mean", m.mean, (call.view.slots,))
     if m.count == 0.0 and call.view.size:
         raise ValueError(
             f"m has count 0, expected the moments of the batch that x with shape {call.x.shape} is part of"
         )
-    _batch.keep_x(call)
+    _call.keep_x(call)
     return _batch.forward_by_moments(call, m, constant)
 
 
@@ -137,11 +149,14 @@ def batch_norm_grad_sums(dy: Any, saved: Saved) -> GradSums:
     array([1.])
     """
     _gradients.check_saved("batch_norm", saved)
+    _gradients.check_whole(saved)
     return GradSums(*_gradients.grad_sums(_gradients.gradient(dy, saved), saved))
 
 
-def batch_norm_input_grad(dy: Any, saved: Saved, sums: GradSums, *, out: Array | None = None) -> Array:
-    """Gradient by x for given sums, which are divided by ``saved.count``.
+def batch_norm_input_grad(
+    dy: Any, saved: Saved, sums: GradSums, *, out: Array | tuple[Array | None, Array | None] | None = None
+) -> Array | tuple[Array, Array]:
+    """Gradient by x, and by the residual if there was one, for given sums, which are divided by ``saved.count``.
 
     Parameters
     ----------
@@ -152,12 +167,12 @@ def batch_norm_input_grad(dy: Any, saved: Saved, sums: GradSums, *, out: Array |
     sums : GradSums
         Merged over all parts of the batch.
     out : ndarray, optional
-        Buffer for dx, with any strides; it may be dy.
+        Buffer for dx, with any strides; it may be dy. With a residual, a tuple of two, each of which may be None.
 
     Returns
     -------
-    ndarray
-        dx, with the shape, dtype and memory order of x.
+    ndarray, or tuple of two with a residual
+        dx, and dresidual, with the shape, dtype and memory order of x.
 
     Raises
     ------
@@ -174,10 +189,11 @@ def batch_norm_input_grad(dy: Any, saved: Saved, sums: GradSums, *, out: Array |
     True
     """
     _gradients.check_saved("batch_norm", saved)
+    _gradients.check_whole(saved)
     _checks.instance("sums", sums, GradSums)
     _checks.shape("sums.sum_dz", sums.sum_dz, saved.rstd.shape)
     dy = _gradients.gradient(dy, saved)
-    if out is not None:
-        _checks.out("out", out, saved.x.shape, saved.x.dtype)
-        _checks.disjoint_from_parameters("out", out, saved.weight, saved.bias)
-    return _gradients.input_grad(dy, saved, None if saved.constant else (sums.sum_dz, sums.sum_dz_x_hat), out)
+    outs = _gradients.input_buffers(out, saved)
+    given = None if saved.constant else (sums.sum_dz, sums.sum_dz_x_hat)
+    dx, dresidual = _gradients.input_grad(dy, saved, given, *outs, saved.with_residual)
+    return dx if dresidual is None else (dx, dresidual)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from nbnorm._options import Epilogue, Mask
 from nbnorm._view import View
 from nbnorm.moments import Moments
 
@@ -25,8 +27,9 @@ class Saved:
         The statistics that normalized x, in float64: of the batch, or a snapshot of the running ones. Their shape
         is (C,) for batch norm, (N, C) for instance norm, (N, G) for group norm, and that of x without the
         normalized axes for layer and RMS norm, whose mean is None.
-    count : float
-        Number of values that share a mean and a variance.
+    count : float or ndarray
+        Number of values that share a mean and a variance: with a mask, the sum of weights, one for each sample in
+        instance and group norm.
     m2 : ndarray or None
         Sum of squared deviations behind rstd, for the training of batch norm.
     constant : bool
@@ -35,6 +38,22 @@ class Saved:
         How x is walked.
     order : tuple of int or None
         Memory order of the results where it is not that of the packed x.
+    residual : ndarray or None
+        The residual, if an activation follows it: then z is computed again.
+    with_residual : bool
+        Whether backward returns dresidual.
+    activation : scalar or None
+        As kernels take it, see `nbnorm._activation`.
+    mask : Mask or None
+        The weights, in the order of memory, and their sums.
+    correction : tuple of ndarray or None
+        r and d of batch renormalization, shape (C,).
+    parts : tuple of Saved
+        What each virtual batch has saved; mean and rstd then have the shape (K, C).
+    places : tuple
+        Where in x each of them lies.
+    whole : Moments or None
+        The moments of all virtual batches together.
     """
 
     norm: str
@@ -43,28 +62,54 @@ class Saved:
     bias: np.ndarray | None
     mean: np.ndarray | None
     rstd: np.ndarray
-    count: float
+    count: Any
     m2: np.ndarray | None
     constant: bool
     view: View
     order: tuple[int, ...] | None
+    residual: np.ndarray | None = None
+    with_residual: bool = False
+    activation: Any = None
+    mask: Mask | None = None
+    correction: tuple[np.ndarray, np.ndarray] | None = None
+    parts: tuple[Saved, ...] = ()
+    places: tuple[tuple[slice, ...], ...] = ()
+    whole: Moments | None = None
+
+    @property
+    def epilogue(self) -> Epilogue:
+        """What has followed x_hat, renormalization included."""
+        weight, bias = self.weight, self.bias
+        if self.correction is not None:
+            r, d = self.correction
+            weight = r if weight is None else r * weight
+            shift = d if self.weight is None else d * self.weight
+            bias = shift if bias is None else shift + bias
+        return Epilogue(weight, bias, self.residual, self.activation)
 
     @property
     def moments(self) -> Moments | None:
-        """The moments that normalized x in batch norm's training; None for other norms and for constants."""
+        """The moments of x in batch norm's training, of all virtual batches together; else None."""
         if self.m2 is None or self.mean is None:
-            return None
+            return self.whole
         return Moments(self.count, self.mean, self.m2)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays that are kept alive."""
-        arrays = (self.x, self.weight, self.bias, self.mean, self.rstd, self.m2)
+        weights = () if self.mask is None else tuple(self.mask)
+        arrays = (self.x, self.weight, self.bias, self.mean, self.rstd, self.m2, self.residual, *weights)
         return sum(array.nbytes for array in arrays if array is not None)
+
+    def _counts(self) -> str:
+        """Write one count, or the range of several."""
+        counts = np.atleast_1d(self.count)
+        ends = (counts.min(initial=np.inf), counts.max(initial=0.0)) if counts.size else (0.0, 0.0)
+        return " to ".join(dict.fromkeys(f"{end:g}" for end in ends))
 
     def __repr__(self) -> str:
         kind = "constant" if self.constant else "own"
         return (
-            f"Saved({self.norm}, {kind} statistics{list(self.rstd.shape)}, count={self.count:g}, "
+            f"Saved({self.norm}, {kind} statistics{list(self.rstd.shape)}, count={self._counts()}, "
             f"x={self.x.dtype.name}{list(self.x.shape)}, nbytes={self.nbytes})"
         )

@@ -20,7 +20,8 @@ from llvmlite import binding
 
 from nbnorm import _checks, functional
 from nbnorm._catalogue import LAYOUTS, NORMS, Norm
-from nbnorm._cpu import launch
+from nbnorm._cpu import cache, launch
+from nbnorm._cpu.team import layer, team
 
 _PACKAGES = [
     "nbnorm",
@@ -99,7 +100,7 @@ def _parallel() -> str:
     """Whether large arrays are shared among the threads."""
     if os.environ.get("NBNORM_PARALLEL", "1") == "0":
         return "off: NBNORM_PARALLEL=0"
-    if not launch._team.enabled:
+    if not team.enabled:
         return "off: this process was forked from one that had started GNU OpenMP"
     if numba.get_num_threads() == 1:
         return "off: one thread (numba.set_num_threads, NUMBA_NUM_THREADS)"
@@ -112,12 +113,16 @@ def _threading_layer() -> str:
     chosen = str(numba.config.THREADING_LAYER)  # type: ignore[attr-defined]
     rule = "the first that loads" if chosen == "default" else f"NUMBA_THREADING_LAYER={chosen}"
     priority = ", ".join(numba.config.THREADING_LAYER_PRIORITY)  # type: ignore[attr-defined]
-    return f"{launch._layer()} ({rule} of {priority})"
+    return f"{layer()} ({rule} of {priority})"
 
 
 def _cache() -> str:
-    """Say where compiled kernels are kept."""
-    return "none: every process compiles the kernels it uses"
+    """Say where compiled kernels are kept from process to process."""
+    folders = cache.folders()
+    if not folders:
+        return "none: every process compiles the kernels it uses"
+    kept = [folder for folder in folders if folder.is_dir()]
+    return str(kept[0]) if kept else f"empty yet; will be {folders[0]}"
 
 
 def _gpus() -> list[str]:
@@ -140,7 +145,8 @@ def warmup(
 ) -> dict[str, float]:
     """Compile kernels now, so that the first step of training takes no longer than the second.
 
-    Numba compiles a kernel at its first use, for each type of array and each set of options. This calls each
+    Numba compiles a kernel at its first use, for each type of array and each set of options; the code is kept on
+    disk, if there is a folder to write to, and read from there by the next process. This calls each
     norm forward, backward and with given statistics, on small arrays and on arrays large enough for a team of
     threads.
 
@@ -162,7 +168,7 @@ def warmup(
     Returns
     -------
     dict of str to float
-        Seconds that each step took. A second call takes milliseconds.
+        Seconds that each step took.
 
     Raises
     ------

@@ -7,6 +7,18 @@ import pytest
 
 from cases import place
 
+# Markers of tests that take minutes or gigabytes: each has a nox session that asks for it with `pytest -m`.
+ON_DEMAND = ("processes", "fuzz", "large")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what takes long and is not asked for by its name."""
+    asked = config.option.markexpr
+    unasked = {name for name in ON_DEMAND if name not in asked}
+    left_out = [item for item in items if unasked & {mark.name for mark in item.iter_markers()}]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
 
 class NumpyDevice:
     """Arrays of the host: both ways are the identity."""

@@ -11,8 +11,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-# The type a result is judged in, by the type of the input.
-WIDER = MappingProxyType({np.dtype(np.float32): np.float64, np.dtype(np.float64): np.longdouble})
+# The type a result is judged in, by the bytes of an input.
+WIDER = MappingProxyType({2: np.float64, 4: np.float64, 8: np.longdouble})
 ATOL = 4
 ATOL_DX = 16
 
@@ -20,7 +20,13 @@ ATOL_DX = 16
 def widen(array):
     """Convert an array to the type of the reference, values unchanged."""
     array = np.asarray(array)
-    return array.astype(WIDER[array.dtype.newbyteorder("=")])
+    return array.astype(WIDER[array.dtype.itemsize])
+
+
+def eps(dtype):
+    """Return the machine epsilon, that of bfloat16 too."""
+    dtype = np.dtype(dtype)
+    return 2.0**-7 if dtype.name == "bfloat16" else float(np.finfo(dtype).eps)
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,8 @@ def normalize(x, weight=None, bias=None, *, reduced, param, eps, statistics=None
 
     Without centering the mean is 0 and the variance the mean square.
     """
-    dtype = np.asarray(x).dtype.newbyteorder("=")
+    dtype = np.asarray(x).dtype
+    dtype = dtype if dtype.name == "bfloat16" else dtype.newbyteorder("=")
     x = widen(x)
     with np.errstate(all="ignore"):
         if statistics is None:
@@ -194,28 +201,29 @@ def y_tolerance(forward):
     """Bound of y, one value per slot: 4 eps max(1, max|y|, max|x_hat weight|, max|bias|)."""
     f = forward
     size = largest(f.y, f.x_hat * f.weight, f.bias)
-    return ATOL * np.finfo(f.dtype).eps * size * spread_factor(f)
+    return ATOL * eps(f.dtype) * size * spread_factor(f)
 
 
 def dx_tolerance(forward, backward, *, floor=1.0):
     """Bound of dx, one value per slot: 16 eps max(1, max|dx|, max over slots of rstd max|g|)."""
     f = forward
     size = largest(backward.dx, f.rstd * backward.g, floor=floor)
-    return ATOL_DX * np.finfo(f.dtype).eps * size * spread_factor(f)
+    return ATOL_DX * eps(f.dtype) * size * spread_factor(f)
 
 
 def sum_tolerance(terms, forward, dtype):
-    """Bound of a parameter gradient of type ``dtype``: 4 eps sum|terms|, eps that of the coarser type."""
-    eps = max(np.finfo(forward.dtype).eps, np.finfo(dtype).eps)
+    """Bound of a parameter gradient of type ``dtype``: 4 eps sum|terms|, eps that of the coarser of it and the type that computes."""
+    computing = np.float64 if forward.dtype == np.float64 else np.float32
+    coarser = max(eps(computing), eps(dtype))
     factor = spread_factor(forward)
     others = tuple(axis for axis in range(factor.ndim) if axis not in forward.param)
-    return ATOL * eps * terms * factor.max(axis=others)
+    return ATOL * coarser * terms * factor.max(axis=others)
 
 
 def mean_tolerance(forward):
     """Bound of the mean that the bound of y leaves with weight 1 and bias 0: 4 eps std max(1, max|x_hat|)."""
     f = forward
-    size = ATOL * np.finfo(f.dtype).eps * largest(f.x_hat)
+    size = ATOL * eps(f.dtype) * largest(f.x_hat)
     return np.squeeze(size * np.sqrt(f.var) * spread_factor(f), axis=f.reduced)
 
 

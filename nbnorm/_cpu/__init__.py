@@ -7,11 +7,14 @@ float64 arrays with one entry per slot.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from nbnorm._cpu import columns, planes, rows
-from nbnorm._cpu.launch import flat, kernel, line, threads_for
+from nbnorm._cpu.launch import flat, kernel, line, optional, threads_for
 from nbnorm._math import blend, merge, reciprocal_std
+from nbnorm._options import Epilogue, Mask
 from nbnorm._view import View
 
 __all__ = [
@@ -24,72 +27,104 @@ Array = np.ndarray
 Sums = tuple[Array, Array]
 
 
-def moments(view: View, x: Array, centered: bool = True) -> tuple[Array | None, Array]:
+def moments(
+    view: View, x: Array, centered: bool = True, mask: Mask | None = None
+) -> tuple[Array | None, Array]:
     """Mean and m2 (the sum of squared deviations) of every slot; not centered, None and the sum of squares."""
     walk = _TRAVERSALS[view.traversal]
     m2 = np.zeros(view.slots)
     mean = np.zeros(view.slots) if centered else None
     if view.size:
-        walk.moments_kernel(threads_for(view.size), walk.geometry(view), flat(x), mean, m2)
+        g = walk.geometry(view, mask is not None)
+        walk.moments_kernel(threads_for(view.size), g, flat(x), *_weights(view, mask), mean, m2)
     return mean, m2
 
 
-def rstd(m2: Array, count: float, eps: float) -> Array:
-    """1 / sqrt(var + eps) of every slot."""
+def _weights(view: View, mask: Mask | None) -> tuple[Array | None, ...]:
+    """Return the argument by which kernels take a mask; rows have none."""
+    if view.traversal == "rows":
+        return ()
+    return (None if mask is None else mask.weights,)
+
+
+def rstd(m2: Array, count: float | Array, eps: float) -> Array:
+    """1 / sqrt(var + eps) of every slot; ``count`` is that of all, or one for each of equal blocks of slots."""
     result = np.empty(m2.shape)
-    _rstd_kernel(m2, count, eps, result)
+    if isinstance(count, np.ndarray):
+        _rstd_kernel(m2, 0.0, np.repeat(count, m2.size // max(count.size, 1)), eps, result)
+    else:
+        _rstd_kernel(m2, count, None, eps, result)
     return result
 
 
-def apply(
-    view: View, x: Array, y: Array, mean: Array | None, rstd: Array, weight: Array | None, bias: Array | None
-) -> None:
+def apply(view: View, x: Array, y: Array, mean: Array | None, rstd: Array, epilogue: Epilogue) -> None:
     """Normalize x with given statistics into y."""
     if view.size:
         walk = _TRAVERSALS[view.traversal]
-        g = walk.geometry(view)
-        walk.apply_kernel(threads_for(view.size), g, flat(x), flat(y), mean, rstd, line(weight), line(bias))
+        options = _flat_epilogue(view, epilogue)
+        walk.apply_kernel(threads_for(view.size), walk.geometry(view), flat(x), flat(y), mean, rstd, *options)
+
+
+def _flat_epilogue(view: View, epilogue: Epilogue) -> tuple[Any, ...]:
+    """Return an epilogue as kernels take it; rows know weight and bias alone."""
+    weight, bias, residual, activation = epilogue
+    if view.traversal == "rows":
+        return line(weight), line(bias)
+    return line(weight), line(bias), optional(residual), activation
 
 
 def forward(
     view: View,
     x: Array,
     y: Array,
-    weight: Array | None,
-    bias: Array | None,
+    epilogue: Epilogue,
     eps: float,
     centered: bool = True,
+    mask: Mask | None = None,
 ) -> tuple[Array | None, Array, Array]:
     """Normalize x with its own statistics into y; return mean (None if not centered), m2 and rstd."""
     threads = threads_for(view.size)
     walk = _TRAVERSALS[view.traversal]
-    if not view.size or not walk.fused(view, threads):
-        mean, m2 = moments(view, x, centered)
-        slot_rstd = rstd(m2, view.values, eps)
-        apply(view, x, y, mean, slot_rstd, weight, bias)
+    masked = mask is not None
+    if not view.size or not walk.fused(view, threads, masked):
+        mean, m2 = moments(view, x, centered, mask)
+        slot_rstd = rstd(m2, view.values if mask is None else mask.counts, eps)
+        apply(view, x, y, mean, slot_rstd, epilogue)
         return mean, m2, slot_rstd
     m2, slot_rstd = np.empty((2, view.slots))
     mean = np.empty(view.slots) if centered else None
-    g = walk.geometry(view)
-    walk.forward_kernel(threads, g, flat(x), flat(y), line(weight), line(bias), eps, mean, m2, slot_rstd)
+    options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
+    g = walk.geometry(view, masked)
+    walk.forward_kernel(threads, g, flat(x), flat(y), *options, eps, mean, m2, slot_rstd)
     return mean, m2, slot_rstd
 
 
-def grad_sums(view: View, x: Array, dy: Array, mean: Array | None, rstd: Array) -> Sums:
+def grad_sums(
+    view: View,
+    x: Array,
+    dy: Array,
+    mean: Array | None,
+    rstd: Array,
+    epilogue: Epilogue,
+    mask: Mask | None = None,
+) -> Sums:
     """Sums of dz and of dz * x_hat that belong to each parameter."""
     if view.traversal == "rows":
         return rows.backward(view, x, dy, None, mean, rstd, None, True)
-    sums = _slot_sums(view, x, dy, mean, rstd)
+    sums = _slot_sums(view, x, dy, mean, rstd, epilogue, mask)
     return _by_parameter(view, sums[0]), _by_parameter(view, sums[1])
 
 
-def _slot_sums(view: View, x: Array, dy: Array, mean: Array | None, rstd: Array) -> Array:
+def _slot_sums(
+    view: View, x: Array, dy: Array, mean: Array | None, rstd: Array, epilogue: Epilogue, mask: Mask | None
+) -> Array:
     """Sums of dz and of dz * x_hat over every run of every slot, shape (2, slots, width)."""
     sums = np.zeros((2, view.slots, view.width))
     if view.size:
         walk = _TRAVERSALS[view.traversal]
-        threads = threads_for(view.size)
-        walk.grad_sums_kernel(threads, walk.geometry(view), flat(x), flat(dy), mean, rstd, sums[0], sums[1])
+        options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
+        g, threads = walk.geometry(view, mask is not None), threads_for(view.size)
+        walk.grad_sums_kernel(threads, g, flat(x), flat(dy), mean, rstd, *options, sums[0], sums[1])
     return sums
 
 
@@ -100,43 +135,52 @@ def _by_parameter(view: View, sums: Array) -> Array:
 
 
 def input_grad(
-    view: View, x: Array, dy: Array, dx: Array, mean: Array, rstd: Array, weight: Array | None,
-    sums: Sums | None, count: float,
+    view: View, x: Array, dy: Array, dx: Array, dresidual: Array | None, mean: Array, rstd: Array,
+    epilogue: Epilogue, sums: Sums | None, count: float, mask: Mask | None = None,
 ) -> None:  # fmt: skip
-    """Write dx for given sums over every slot; without sums the statistics are constants.
+    """Write dx, and dz into ``dresidual``, for given sums over every slot; without sums statistics are constants.
 
     For norms whose every slot has parameters of its own.
     """
     if view.size:
         both = np.zeros((2, view.slots, 1)) if sums is None else np.stack(sums)[:, :, np.newaxis]
-        _input_grad(view, x, dy, dx, mean, rstd, weight, both, count, sums is None)
+        _input_grad(view, x, dy, dx, dresidual, mean, rstd, epilogue, both, count, mask, sums is None)
 
 
-def _input_grad(view, x, dy, dx, mean, rstd, weight, sums, count, constant):
+def _input_grad(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, mask, constant):
     walk = _TRAVERSALS[view.traversal]
-    arrays = (flat(x), flat(dy), flat(dx), mean, rstd, line(weight))
+    arrays = (flat(x), flat(dy), flat(dx), optional(dresidual), mean, rstd)
+    options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
     walk.input_grad_kernel(
-        threads_for(view.size), walk.geometry(view), *arrays, sums[0], sums[1], count, constant
-    )
+        threads_for(view.size), walk.geometry(view, mask is not None), *arrays, *options, sums[0], sums[1],
+        *_counts(count, mask), constant,
+    )  # fmt: skip
+
+
+def _counts(count: float, mask: Mask | None) -> tuple[float, Array | None]:
+    """Return the number of values of a slot as kernels take it: one for all, or one for each row of the mask."""
+    return (float(count), None) if mask is None else (0.0, mask.counts)
 
 
 def backward(
-    view: View, x: Array, dy: Array, dx: Array, mean: Array | None, rstd: Array, weight: Array | None,
-    count: float, with_parameters: bool = True,
+    view: View, x: Array, dy: Array, dx: Array, dresidual: Array | None, mean: Array | None, rstd: Array,
+    epilogue: Epilogue, count: float, mask: Mask | None = None, with_parameters: bool = True,
 ) -> Sums:  # fmt: skip
-    """Write dx and return the sums of `grad_sums`, statistics being those of x."""
+    """Write dx, and dz into ``dresidual``, and return the sums of `grad_sums`; statistics are those of x."""
     if view.traversal == "rows":
-        return rows.backward(view, x, dy, dx, mean, rstd, weight, with_parameters)
+        return rows.backward(view, x, dy, dx, mean, rstd, epilogue.weight, with_parameters)
     threads = threads_for(view.size)
     walk = _TRAVERSALS[view.traversal]
-    if not view.size or not walk.fused(view, threads):
-        sums = _slot_sums(view, x, dy, mean, rstd)
+    if not view.size or not walk.fused(view, threads, mask is not None):
+        sums = _slot_sums(view, x, dy, mean, rstd, epilogue, mask)
         if view.size:
-            _input_grad(view, x, dy, dx, mean, rstd, weight, sums, count, False)
+            _input_grad(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, mask, False)
     else:
         sums = np.zeros((2, view.slots, view.width))
-        arrays = (flat(x), flat(dy), flat(dx), mean, rstd, line(weight))
-        walk.backward_kernel(threads, walk.geometry(view), *arrays, sums[0], sums[1], count)
+        arrays = (flat(x), flat(dy), flat(dx), optional(dresidual), mean, rstd)
+        options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
+        g = walk.geometry(view, mask is not None)
+        walk.backward_kernel(threads, g, *arrays, *options, sums[0], sums[1], *_counts(count, mask))
     return _by_parameter(view, sums[0]), _by_parameter(view, sums[1])
 
 
@@ -160,9 +204,9 @@ def update_running(
 
 
 @kernel
-def _rstd_kernel(m2, count, eps, result):
+def _rstd_kernel(m2, count, counts, eps, result):
     for i in range(m2.shape[0]):
-        result[i] = reciprocal_std(m2[i], count, eps)
+        result[i] = reciprocal_std(m2[i], count if counts is None else counts[i], eps)
 
 
 @kernel

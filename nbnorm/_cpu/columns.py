@@ -14,20 +14,22 @@ from typing import NamedTuple
 import numpy as np
 from numba import prange
 
+from nbnorm._cpu.halves import scratch
 from nbnorm._cpu.lanes import (
     apply_row,
     chunk_lane_grad_sums,
     chunk_lane_moments,
-    constant_grad_row,
     input_grad_row,
     line_sum,
     merge_rows,
     row,
+    row_weight,
     slot_moments,
+    total_weight,
 )
 from nbnorm._cpu.launch import Twins, balanced, helper
-from nbnorm._cpu.tiles import CHUNK, add_rows, parameter, settle_rows, weighted
-from nbnorm._math import affine, gradient_terms, reciprocal_std
+from nbnorm._cpu.tiles import CHUNK, add_rows, parameter, part, settle_rows, slot_count, weighted
+from nbnorm._math import affine, gradient_terms, recentered, reciprocal_std, rounded
 from nbnorm._view import View
 
 # Folding fills rows up to this many lanes (benchmarks/bench_batch_norm.py, Columns).
@@ -62,10 +64,13 @@ class Cut(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def geometry(view: View) -> np.ndarray:
-    """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers."""
+def geometry(view: View, masked: bool = False) -> np.ndarray:
+    """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers.
+
+    Rows of a mask are not folded: a row of lanes has one weight.
+    """
     width = view.group * view.inner
-    fold = max(1, min(WIDE // width, view.outer // MIN_ROWS))
+    fold = 1 if masked else max(1, min(WIDE // width, view.outer // MIN_ROWS))
     lanes, rows = fold * width, view.outer // fold
     if fold > 1:
         block = lanes
@@ -83,9 +88,9 @@ def geometry(view: View) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def fused(view: View, threads: int) -> bool:
+def fused(view: View, threads: int, masked: bool = False) -> bool:
     """Whether whole blocks keep the threads busy."""
-    cut = Cut(*geometry(view))
+    cut = Cut(*geometry(view, masked))
     return balanced(cut.batch * cut.blocks, threads)
 
 
@@ -119,20 +124,36 @@ def locate(g, index):
 
 
 @helper
-def chunk_moments(g, x, index, chunk, sums, wide_sums, lane_moments):
+def rows_weights(weights, batch, first, rows):
+    """Weights of some rows of a batch entry."""
+    return None if weights is None else weights[batch, first : first + rows]
+
+
+@helper
+def chunk_weight(g, weights, batch, chunk):
+    """Number of values of a lane that count in a chunk of whole rows."""
+    cut = unpack(g)
+    start = chunk * cut.chunk
+    rows = min(cut.chunk, cut.rows - start)
+    return total_weight(rows_weights(weights, batch, start, rows), 0, rows)
+
+
+@helper
+def chunk_moments(g, x, weights, index, chunk, sums, wide_sums, lane_moments):
     """Moments of the lanes of a block over one chunk of whole rows: mean, m2, and scratch for the rest of m2."""
     cut, own = unpack(g), locate(g, index)
     start = chunk * cut.chunk
+    rows = min(cut.chunk, cut.rows - start)
     own_moments = lane_moments[own.batch * cut.chunks + chunk]
     chunk_lane_moments(
-        x, own.base + start * cut.lanes + own.lane, cut.lanes, min(cut.chunk, cut.rows - start), sums, wide_sums,
-        row(own_moments[0], own.lane, own.lanes), row(own_moments[1], own.lane, own.lanes),
+        x, rows_weights(weights, own.batch, start, rows), own.base + start * cut.lanes + own.lane, cut.lanes, rows,
+        sums, wide_sums, row(own_moments[0], own.lane, own.lanes), row(own_moments[1], own.lane, own.lanes),
         row(own_moments[2], own.lane, own.lanes),
     )  # fmt: skip
 
 
 @helper
-def block_moments(g, x, index, lane_moments, mean, m2):
+def block_moments(g, x, weights, index, lane_moments, mean, m2):
     """Merge chunks and folds of a block, then the spare row, then the lanes of each slot."""
     cut, own = unpack(g), locate(g, index)
     top = own.batch * cut.chunks
@@ -142,14 +163,15 @@ def block_moments(g, x, index, lane_moments, mean, m2):
     )
     rest = row(lane_moments[top, 2], own.lane, own.width)
     rest[:] = 0.0
-    n = np.float64(min(cut.chunk, cut.rows))
-    for part in range(1, cut.chunks * cut.fold):
-        chunk, at = part // cut.fold, own.lane + part % cut.fold * own.width
-        part_n = np.float64(min(cut.chunk, cut.rows - chunk * cut.chunk))
-        part_moments = lane_moments[top + chunk]
-        part_mean, part_m2 = row(part_moments[0], at, own.width), row(part_moments[1], at, own.width)
-        merge_rows(top_mean, top_m2, rest, n, part_mean, part_m2, part_n)
-        n += part_n
+    n = chunk_weight(g, weights, own.batch, 0)
+    for other in range(1, cut.chunks * cut.fold):
+        chunk, at = other // cut.fold, own.lane + other % cut.fold * own.width
+        other_n = chunk_weight(g, weights, own.batch, chunk)
+        moments = lane_moments[top + chunk]
+        merge_rows(
+            top_mean, top_m2, rest, n, row(moments[0], at, own.width), row(moments[1], at, own.width), other_n
+        )
+        n += other_n
     for at in range(0, cut.spare, own.width):
         spare_row = row(x, own.base + cut.rows * cut.lanes + at, own.width)
         merge_rows(top_mean, top_m2, rest, n, spare_row, None, 1.0)
@@ -162,27 +184,28 @@ def block_moments(g, x, index, lane_moments, mean, m2):
 
 
 @helper
-def block_rstd(g, index, m2, n, eps, rstd):
+def block_rstd(g, weights, index, m2, eps, rstd):
     """Reciprocal standard deviations of a block's slots."""
-    own = locate(g, index)
+    cut, own = unpack(g), locate(g, index)
+    n = total_weight(rows_weights(weights, own.batch, 0, cut.outer), 0, cut.outer) * cut.inner
     for slot in range(own.slot, own.slot + own.slots):
         rstd[slot] = reciprocal_std(m2[slot], n, eps)
 
 
 @helper
-def spread(g, index, first, n, terms, values):
-    """Write values to ``n`` lanes of a block, in every fold: terms[k, lane] = values[k]."""
+def spread(g, index, first, n, terms, at, values):
+    """Write values to ``n`` lanes of a block, in every fold: terms[at + k, lane] = values[k]."""
     cut, own = unpack(g), locate(g, index)
     for f in range(cut.fold):
         start = own.lane + f * own.width + first
         for lane in range(start, start + n):
             for k in range(len(values)):
-                terms[own.batch, k, lane] = values[k]
+                terms[own.batch, at + k, lane] = values[k]
 
 
 @helper
-def spread_affine(g, index, mean, rstd, weight, bias, terms):
-    """Lay the coefficients of `normalize` out along the lanes of a block."""
+def spread_affine(g, index, mean, rstd, weight, bias, terms, at):
+    """Lay the coefficients of `normalize` out along the lanes of a block, from row ``at`` of the terms."""
     cut, own = unpack(g), locate(g, index)
     for i in range(own.slots):
         slot = own.slot + i
@@ -190,7 +213,14 @@ def spread_affine(g, index, mean, rstd, weight, bias, terms):
             p = slot % cut.period * cut.width + j
             w, b = parameter(weight, p, 1.0), parameter(bias, p, 0.0)
             values = affine(mean[slot], rstd[slot], w, b, terms)
-            spread(g, index, i * cut.inner + j * cut.run, cut.run, terms, values)
+            spread(g, index, i * cut.inner + j * cut.run, cut.run, terms, at, values)
+
+
+@helper
+def spread_activation(g, index, mean, rstd, weight, bias, activation, terms):
+    """Lay out, behind all else, what z is computed from, if an activation asks for it."""
+    if activation is not None:
+        spread_affine(g, index, mean, rstd, weight, bias, terms, 5)
 
 
 @helper
@@ -206,28 +236,40 @@ def rows_end(cut, chunk):
 
 
 @helper
-def apply_chunk(g, x, y, index, chunk, terms):
+def apply_chunk(g, x, y, residual, activation, index, chunk, terms):
     """Normalize one chunk of rows of a block."""
     cut, own = unpack(g), locate(g, index)
     for r in range(chunk * cut.chunk, rows_end(cut, chunk)):
         n, first = row_lanes(cut, own, r), own.base + r * cut.lanes + own.lane
         own_terms = terms[own.batch]
         apply_row(
-            row(x, first, n), row(y, first, n),
+            row(x, first, n), row(y, first, n), part(residual, first, first + n),
             row(own_terms[0], own.lane, n), row(own_terms[1], own.lane, n), row(own_terms[2], own.lane, n),
+            activation,
         )  # fmt: skip
 
 
 @helper
-def chunk_grad_sums(g, x, dy, index, chunk, terms, sums, lane_sums):
+def summands_room(g, x, weights, activation):
+    """Room for the `summands` of four rows, None where they are computed from nothing but x and dy."""
+    if activation is None:
+        return None if weights is None else scratch((4, 2, unpack(g).block), x)
+    return scratch((4, 2, unpack(g).block), x)
+
+
+@helper
+def chunk_grad_sums(g, x, dy, residual, activation, weights, index, chunk, terms, sums, lane_sums):
     """Sums of dz and dz * x_hat of the lanes of a block over one chunk of rows, each with its rest."""
     cut, own = unpack(g), locate(g, index)
     start, end = chunk * cut.chunk, rows_end(cut, chunk)
     whole = min(end, cut.rows) - start
     own_terms = terms[own.batch]
     chunk_lane_grad_sums(
-        x, dy, own.base + start * cut.lanes + own.lane, cut.lanes, whole, cut.spare if end > cut.rows else 0,
-        row(own_terms[0], own.lane, own.lanes), row(own_terms[1], own.lane, own.lanes), sums,
+        x, dy, residual, rows_weights(weights, own.batch, start, whole), activation,
+        own.base + start * cut.lanes + own.lane, cut.lanes, whole, cut.spare if end > cut.rows else 0,
+        row(own_terms[0], own.lane, own.lanes), row(own_terms[1], own.lane, own.lanes),
+        row(own_terms[6], own.lane, own.lanes), row(own_terms[7], own.lane, own.lanes), sums,
+        summands_room(g, x, weights, activation),
         lane_sums[own.batch * cut.chunks + chunk, :, own.lane : own.lane + own.lanes],
     )  # fmt: skip
 
@@ -237,9 +279,9 @@ def block_grad_sums(g, index, mean, rstd, terms, lane_sums, sum_dz, sum_dz_x_hat
     """Add chunks and folds of a block up, then the lanes of each run."""
     cut, own = unpack(g), locate(g, index)
     top = lane_sums[own.batch * cut.chunks, :, own.lane : own.lane + own.width]
-    for part in range(1, cut.chunks * cut.fold):
-        at = own.lane + part % cut.fold * own.width
-        part_sums = lane_sums[own.batch * cut.chunks + part // cut.fold]
+    for other in range(1, cut.chunks * cut.fold):
+        at = own.lane + other % cut.fold * own.width
+        part_sums = lane_sums[own.batch * cut.chunks + other // cut.fold]
         for k in (0, 2):
             add_rows(top[k], top[k + 1], row(part_sums[k], at, own.width))
             add_rows(top[k], top[k + 1], row(part_sums[k + 1], at, own.width))
@@ -251,11 +293,13 @@ def block_grad_sums(g, index, mean, rstd, terms, lane_sums, sum_dz, sum_dz_x_hat
             a = line_sum(top[0], top[1], first, first + cut.run)
             b = line_sum(top[2], top[3], first, first + cut.run)
             sum_dz[slot, j] = a
-            sum_dz_x_hat[slot, j] = b - (mean[slot] - mean_hi) * rstd[slot] * a
+            sum_dz_x_hat[slot, j] = recentered(b, a, mean[slot], mean_hi, rstd[slot])
 
 
 @helper
-def spread_gradient_terms(g, index, mean, rstd, weight, sum_dz, sum_dz_x_hat, n, constant, terms):
+def spread_gradient_terms(
+    g, index, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, constant, terms
+):
     """Lay the coefficients of `input_gradient` out along the lanes of a block, behind mean and rstd."""
     cut, own = unpack(g), locate(g, index)
     for i in range(own.slots):
@@ -263,117 +307,175 @@ def spread_gradient_terms(g, index, mean, rstd, weight, sum_dz, sum_dz_x_hat, n,
         first = k % cut.period * cut.width
         sum_g, sum_g_x_hat = weighted(weight, first, sum_dz[k]), weighted(weight, first, sum_dz_x_hat[k])
         mean_hi, scale, _ = affine(mean[k], rstd[k], 1.0, 0.0, terms)
-        slope, offset, factor = gradient_terms(mean[k], rstd[k], sum_g, sum_g_x_hat, n, True, constant, terms)
+        n = slot_count(count, counts, k, cut.period)
+        slope, offset, factor = gradient_terms(
+            mean[k], rstd[k], sum_g, sum_g_x_hat, n, True, constant, weights is not None, terms
+        )
         for j in range(cut.width):
-            gain = terms.dtype.type(factor * parameter(weight, first + j, 1.0))
+            gain = rounded(factor * parameter(weight, first + j, 1.0), terms)
             values = (mean_hi, scale, slope, offset, gain)
-            spread(g, index, i * cut.inner + j * cut.run, cut.run, terms, values)
+            spread(g, index, i * cut.inner + j * cut.run, cut.run, terms, 0, values)
 
 
 @helper
-def input_grad_chunk(g, x, dy, dx, index, chunk, terms, constant):
+def input_grad_chunk(g, x, dy, dx, dresidual, residual, activation, weights, index, chunk, terms, constant):
     """Dx of one chunk of rows of a block."""
     cut, own = unpack(g), locate(g, index)
-    own_terms = terms[own.batch]
+    t = terms[own.batch]
     for r in range(chunk * cut.chunk, rows_end(cut, chunk)):
-        n, first = row_lanes(cut, own, r), own.base + r * cut.lanes + own.lane
-        if constant:
-            constant_grad_row(row(dy, first, n), row(dx, first, n), row(own_terms[4], own.lane, n))
+        n, i = row_lanes(cut, own, r), own.base + r * cut.lanes + own.lane
+        end, lane = i + n, own.lane
+        arrays = (x[i:end], dy[i:end], dx[i:end], part(dresidual, i, end), part(residual, i, end))
+        mean_hi, rstd, gain = row(t[0], lane, n), row(t[1], lane, n), row(t[4], lane, n)
+        scale, shift = row(t[6], lane, n), row(t[7], lane, n)
+        w = lane_weight(weights, own.batch, r)
+        if constant or row_weight(own_row(weights, own.batch), r) == 0.0:
+            input_grad_row(*arrays, w, mean_hi, rstd, None, None, gain, scale, shift, activation)
         else:
-            input_grad_row(
-                row(x, first, n), row(dy, first, n), row(dx, first, n),
-                row(own_terms[0], own.lane, n), row(own_terms[1], own.lane, n), row(own_terms[2], own.lane, n),
-                row(own_terms[3], own.lane, n), row(own_terms[4], own.lane, n),
-            )  # fmt: skip
+            slope, offset = row(t[2], lane, n), row(t[3], lane, n)
+            input_grad_row(*arrays, w, mean_hi, rstd, slope, offset, gain, scale, shift, activation)
+
+
+@helper
+def own_row(weights, batch):
+    """Weights of a batch entry."""
+    return None if weights is None else weights[batch]
+
+
+@helper
+def lane_weight(weights, batch, r):
+    """Weight of a row, None without a mask."""
+    return None if weights is None else weights[batch, r]
 
 
 @Twins
-def moments_kernel(g, x, mean, m2):
+def moments_kernel(g, x, weights, mean, m2):
     """One chunk of a block per task, then one block per task; reads x once."""
     cut = unpack(g)
     blocks, chunks = cut.batch * cut.blocks, cut.chunks
     lane_moments = np.empty((cut.batch * chunks, 3, cut.lanes))
-    sums, wide_sums = (
-        np.empty((blocks * chunks, 3, cut.block), x.dtype),
-        np.empty((blocks * chunks, 3, cut.block)),
-    )
+    sums, wide_sums = scratch((blocks * chunks, 3, cut.block), x), np.empty((blocks * chunks, 3, cut.block))
     for task in prange(blocks * chunks):
-        chunk_moments(g, x, task // chunks, task % chunks, sums[task], wide_sums[task], lane_moments)
+        index, chunk = task // chunks, task % chunks
+        chunk_moments(g, x, weights, index, chunk, sums[task], wide_sums[task], lane_moments)
     for index in prange(blocks):
-        block_moments(g, x, index, lane_moments, mean, m2)
+        block_moments(g, x, weights, index, lane_moments, mean, m2)
 
 
 @Twins
-def apply_kernel(g, x, y, mean, rstd, weight, bias):
+def apply_kernel(g, x, y, mean, rstd, weight, bias, residual, activation):
     """One chunk of a block per task; reads x and writes y once."""
     cut = unpack(g)
     blocks, chunks = cut.batch * cut.blocks, cut.chunks
-    terms = np.empty((cut.batch, 3, cut.lanes), x.dtype)
+    terms = scratch((cut.batch, 3, cut.lanes), x)
     for index in prange(blocks):
-        spread_affine(g, index, mean, rstd, weight, bias, terms)
+        spread_affine(g, index, mean, rstd, weight, bias, terms, 0)
     for task in prange(blocks * chunks):
-        apply_chunk(g, x, y, task // chunks, task % chunks, terms)
+        apply_chunk(g, x, y, residual, activation, task // chunks, task % chunks, terms)
 
 
 @Twins
-def forward_kernel(g, x, y, weight, bias, eps, mean, m2, rstd):
+def forward_kernel(g, x, y, weight, bias, residual, activation, weights, eps, mean, m2, rstd):
     """One block per task: its moments, then its normalization from cache."""
     cut = unpack(g)
-    blocks, chunks, n = cut.batch * cut.blocks, cut.chunks, np.float64(cut.outer * cut.inner)
+    blocks, chunks = cut.batch * cut.blocks, cut.chunks
     lane_moments = np.empty((cut.batch * chunks, 3, cut.lanes))
-    sums, wide_sums = np.empty((blocks, 3, cut.block), x.dtype), np.empty((blocks, 3, cut.block))
-    terms = np.empty((cut.batch, 3, cut.lanes), x.dtype)
+    sums, wide_sums = scratch((blocks, 3, cut.block), x), np.empty((blocks, 3, cut.block))
+    terms = scratch((cut.batch, 3, cut.lanes), x)
     for index in prange(blocks):
         for chunk in range(chunks):
-            chunk_moments(g, x, index, chunk, sums[index], wide_sums[index], lane_moments)
-        block_moments(g, x, index, lane_moments, mean, m2)
-        block_rstd(g, index, m2, n, eps, rstd)
-        spread_affine(g, index, mean, rstd, weight, bias, terms)
+            chunk_moments(g, x, weights, index, chunk, sums[index], wide_sums[index], lane_moments)
+        block_moments(g, x, weights, index, lane_moments, mean, m2)
+        block_rstd(g, weights, index, m2, eps, rstd)
+        spread_affine(g, index, mean, rstd, weight, bias, terms, 0)
         for chunk in range(chunks):
-            apply_chunk(g, x, y, index, chunk, terms)
+            apply_chunk(g, x, y, residual, activation, index, chunk, terms)
 
 
 @Twins
-def grad_sums_kernel(g, x, dy, mean, rstd, sum_dz, sum_dz_x_hat):
+def grad_sums_kernel(
+    g, x, dy, mean, rstd, weight, bias, residual, activation, weights, sum_dz, sum_dz_x_hat
+):  # fmt: skip
     """One chunk of a block per task, then one block per task; reads x and dy once."""
     cut = unpack(g)
     blocks, chunks = cut.batch * cut.blocks, cut.chunks
     lane_sums = np.empty((cut.batch * chunks, 4, cut.lanes))
-    sums = np.empty((blocks * chunks, 2, cut.block), x.dtype)
-    terms = np.empty((cut.batch, 3, cut.lanes), x.dtype)
+    sums = scratch((blocks * chunks, 2, cut.block), x)
+    terms = scratch((cut.batch, 8, cut.lanes), x)
     for index in prange(blocks):
-        spread_affine(g, index, mean, rstd, None, None, terms)
+        spread_affine(g, index, mean, rstd, None, None, terms, 0)
+        spread_activation(g, index, mean, rstd, weight, bias, activation, terms)
     for task in prange(blocks * chunks):
-        chunk_grad_sums(g, x, dy, task // chunks, task % chunks, terms, sums[task], lane_sums)
+        chunk_grad_sums(
+            g,
+            x,
+            dy,
+            residual,
+            activation,
+            weights,
+            task // chunks,
+            task % chunks,
+            terms,
+            sums[task],
+            lane_sums,
+        )
     for index in prange(blocks):
         block_grad_sums(g, index, mean, rstd, terms, lane_sums, sum_dz, sum_dz_x_hat)
 
 
 @Twins
-def input_grad_kernel(g, x, dy, dx, mean, rstd, weight, sum_dz, sum_dz_x_hat, n, constant):
+def input_grad_kernel(
+    g, x, dy, dx, dresidual, mean, rstd, weight, bias, residual, activation, weights, sum_dz, sum_dz_x_hat,
+    count, counts, constant,
+):  # fmt: skip
     """One chunk of a block per task; reads x and dy and writes dx once."""
     cut = unpack(g)
     blocks, chunks = cut.batch * cut.blocks, cut.chunks
-    terms = np.empty((cut.batch, 5, cut.lanes), x.dtype)
+    terms = scratch((cut.batch, 8, cut.lanes), x)
     for index in prange(blocks):
-        spread_gradient_terms(g, index, mean, rstd, weight, sum_dz, sum_dz_x_hat, n, constant, terms)
+        spread_gradient_terms(
+            g, index, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, constant, terms
+        )
+        spread_activation(g, index, mean, rstd, weight, bias, activation, terms)
     for task in prange(blocks * chunks):
-        input_grad_chunk(g, x, dy, dx, task // chunks, task % chunks, terms, constant)
+        input_grad_chunk(
+            g,
+            x,
+            dy,
+            dx,
+            dresidual,
+            residual,
+            activation,
+            weights,
+            task // chunks,
+            task % chunks,
+            terms,
+            constant,
+        )
 
 
 @Twins
-def backward_kernel(g, x, dy, dx, mean, rstd, weight, sum_dz, sum_dz_x_hat, n):
+def backward_kernel(
+    g, x, dy, dx, dresidual, mean, rstd, weight, bias, residual, activation, weights, sum_dz, sum_dz_x_hat, count, counts
+):  # fmt: skip
     """One block per task: its sums, then its dx from cache."""
     cut = unpack(g)
     blocks, chunks = cut.batch * cut.blocks, cut.chunks
     lane_sums = np.empty((cut.batch * chunks, 4, cut.lanes))
-    sums = np.empty((blocks, 2, cut.block), x.dtype)
-    terms = np.empty((cut.batch, 5, cut.lanes), x.dtype)
+    sums = scratch((blocks, 2, cut.block), x)
+    terms = scratch((cut.batch, 8, cut.lanes), x)
     for index in prange(blocks):
-        spread_affine(g, index, mean, rstd, None, None, terms)
+        spread_affine(g, index, mean, rstd, None, None, terms, 0)
+        spread_activation(g, index, mean, rstd, weight, bias, activation, terms)
         for chunk in range(chunks):
-            chunk_grad_sums(g, x, dy, index, chunk, terms, sums[index], lane_sums)
+            chunk_grad_sums(
+                g, x, dy, residual, activation, weights, index, chunk, terms, sums[index], lane_sums
+            )
         block_grad_sums(g, index, mean, rstd, terms, lane_sums, sum_dz, sum_dz_x_hat)
-        spread_gradient_terms(g, index, mean, rstd, weight, sum_dz, sum_dz_x_hat, n, False, terms)
+        spread_gradient_terms(
+            g, index, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, False, terms
+        )
         for chunk in range(chunks):
-            input_grad_chunk(g, x, dy, dx, index, chunk, terms, False)
+            input_grad_chunk(
+                g, x, dy, dx, dresidual, residual, activation, weights, index, chunk, terms, False
+            )

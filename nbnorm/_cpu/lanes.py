@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from nbnorm._activation import activate, activation_gradient
+from nbnorm._cpu.halves import narrow, widen
 from nbnorm._cpu.launch import helper, reduction
-from nbnorm._cpu.tiles import add_rows, corrected, settle_rows, trusted
-from nbnorm._math import accumulate, add, input_gradient, normalize, settled
+from nbnorm._cpu.tiles import add_rows, corrected, part, settle_rows, trusted
+from nbnorm._math import accumulate, add, input_gradient, normalize, rounded, settled, standardize
 
 # Rows summed in the array's own type before float64 takes over.
 TILE_ROWS = 128
@@ -24,20 +26,25 @@ def row(x, first, n):
 @helper
 def guess(shift, a, b, c, d, e, f, g, h):
     """Mean of eight rows, lane by lane; exact where they are equal."""
-    eighth = shift.dtype.type(0.125)
+    eighth = rounded(0.125, shift)
     for i in range(shift.shape[0]):
-        s = a[i]
-        rest = ((b[i] - s) + (c[i] - s)) + ((d[i] - s) + (e[i] - s)) + ((f[i] - s) + (g[i] - s)) + (h[i] - s)
+        s = widen(a[i])
+        rest = ((widen(b[i]) - s) + (widen(c[i]) - s)) + ((widen(d[i]) - s) + (widen(e[i]) - s))
+        rest += ((widen(f[i]) - s) + (widen(g[i]) - s)) + (widen(h[i]) - s)
         shift[i] = s + rest * eighth
 
 
 @helper
-def push(total, squares, shift, a):
-    """Add one row to the shifted sums."""
+def push(total, squares, shift, a, w):
+    """Add one row, ``w`` times, to the shifted sums."""
     for i in range(total.shape[0]):
-        d = a[i] - shift[i]
-        total[i] += d
-        squares[i] += d * d
+        d = widen(a[i]) - shift[i]
+        if w is None:
+            total[i] += d
+            squares[i] += d * d
+        else:
+            total[i] += w * d
+            squares[i] += w * (d * d)
 
 
 @helper
@@ -45,8 +52,8 @@ def push_eight(total, squares, shift, a, b, c, d, e, f, g, h):
     """Add eight rows at once, so that the sums are read and written once for all of them."""
     for i in range(total.shape[0]):
         s = shift[i]
-        da, db, dc, dd = a[i] - s, b[i] - s, c[i] - s, d[i] - s
-        de, df, dg, dh = e[i] - s, f[i] - s, g[i] - s, h[i] - s
+        da, db, dc, dd = widen(a[i]) - s, widen(b[i]) - s, widen(c[i]) - s, widen(d[i]) - s
+        de, df, dg, dh = widen(e[i]) - s, widen(f[i]) - s, widen(g[i]) - s, widen(h[i]) - s
         total[i] += ((da + db) + (dc + dd)) + ((de + df) + (dg + dh))
         squares[i] += ((da * da + db * db) + (dc * dc + dd * dd)) + (
             (de * de + df * df) + (dg * dg + dh * dh)
@@ -54,18 +61,69 @@ def push_eight(total, squares, shift, a, b, c, d, e, f, g, h):
 
 
 @helper
-def shifted_lane_sums(x, first, stride, rows, total, squares, shift):
-    """Choose a shift for each lane and sum a tile about it, in the type of x."""
+def nth_counted(weights, rows, wanted):
+    """Index of the row that counts and has ``wanted`` such rows before it."""
+    if weights is None:
+        return wanted
+    for r in range(rows):
+        if weights[r] > 0:
+            if wanted == 0:
+                return r
+            wanted -= 1
+    return 0
+
+
+@helper
+def eighth_row(x, weights, first, stride, rows, found, k, n):
+    """One of eight rows spread over those of a tile that count."""
+    return row(x, first + nth_counted(weights, rows, found * k // 8) * stride, n)
+
+
+@helper
+def counted_rows(weights, rows):
+    """How many rows count."""
+    if weights is None:
+        return rows
+    found = 0
+    for r in range(rows):
+        found += weights[r] > 0
+    return found
+
+
+@helper
+def total_weight(weights, first, end):
+    """Sum of the weights of some rows."""
+    if weights is None:
+        return np.float64(end - first)
+    total = 0.0
+    for r in range(first, end):
+        total += weights[r]
+    return total
+
+
+@helper
+def shifted_lane_sums(x, weights, first, stride, rows, total, squares, shift):
+    """Choose a shift for each lane and sum a tile about it; rows without weight are not looked at."""
     n = total.shape[0]
+    found = counted_rows(weights, rows)
     guess(
         shift,
-        row(x, first, n), row(x, first + rows // 8 * stride, n),
-        row(x, first + rows * 2 // 8 * stride, n), row(x, first + rows * 3 // 8 * stride, n),
-        row(x, first + rows * 4 // 8 * stride, n), row(x, first + rows * 5 // 8 * stride, n),
-        row(x, first + rows * 6 // 8 * stride, n), row(x, first + rows * 7 // 8 * stride, n),
+        eighth_row(x, weights, first, stride, rows, found, 0, n),
+        eighth_row(x, weights, first, stride, rows, found, 1, n),
+        eighth_row(x, weights, first, stride, rows, found, 2, n),
+        eighth_row(x, weights, first, stride, rows, found, 3, n),
+        eighth_row(x, weights, first, stride, rows, found, 4, n),
+        eighth_row(x, weights, first, stride, rows, found, 5, n),
+        eighth_row(x, weights, first, stride, rows, found, 6, n),
+        eighth_row(x, weights, first, stride, rows, found, 7, n),
     )  # fmt: skip
     total[:] = 0
     squares[:] = 0
+    if weights is not None:
+        for r in range(rows):
+            if weights[r] > 0:
+                push(total, squares, shift, row(x, first + r * stride, n), weights[r])
+        return
     end = first + rows * stride
     while first + 8 * stride <= end:
         push_eight(
@@ -77,7 +135,7 @@ def shifted_lane_sums(x, first, stride, rows, total, squares, shift):
         )  # fmt: skip
         first += 8 * stride
     while first < end:
-        push(total, squares, shift, row(x, first, n))
+        push(total, squares, shift, row(x, first, n), None)
         first += stride
 
 
@@ -93,32 +151,44 @@ def any_untrusted(total, squares, n):
 
 
 @helper
-def add_wide(total, a):
+def add_wide(total, a, w):
+    """Add one row, ``w`` times, in float64."""
     for i in range(total.shape[0]):
-        total[i] += np.float64(a[i])
+        total[i] += w * np.float64(widen(a[i]))
 
 
 @helper
-def add_central(total, squares, mean, a):
+def add_central(total, squares, mean, a, w):
+    """Add one row's deviations and their squares, ``w`` times, in float64."""
     for i in range(total.shape[0]):
-        d = np.float64(a[i]) - mean[i]
-        total[i] += d
-        squares[i] += d * d
+        d = np.float64(widen(a[i])) - mean[i]
+        total[i] += w * d
+        squares[i] += w * (d * d)
 
 
 @helper
-def careful_lane_sums(x, first, stride, rows, total, squares, mean):
+def row_weight(weights, r):
+    """Weight of a row."""
+    return 1.0 if weights is None else np.float64(weights[r])
+
+
+@helper
+def careful_lane_sums(x, weights, first, stride, rows, count, total, squares, mean):
     """Approximate mean of each lane and the sums about it, in two float64 passes."""
     n = total.shape[0]
     mean[:] = 0.0
     for r in range(rows):
-        add_wide(mean, row(x, first + r * stride, n))
+        w = row_weight(weights, r)
+        if w > 0.0:
+            add_wide(mean, row(x, first + r * stride, n), w)
     for i in range(n):
-        mean[i] /= rows
+        mean[i] /= count
     total[:] = 0.0
     squares[:] = 0.0
     for r in range(rows):
-        add_central(total, squares, mean, row(x, first + r * stride, n))
+        w = row_weight(weights, r)
+        if w > 0.0:
+            add_central(total, squares, mean, row(x, first + r * stride, n), w)
 
 
 @helper
@@ -135,23 +205,29 @@ def merge_tile(mean, m2, rest, n, total, squares, shift, tile_n, wide_total, wid
 
 
 @helper
-def chunk_lane_moments(x, first, stride, rows, sums, wide_sums, mean, m2, rest):
+def chunk_lane_moments(x, weights, first, stride, rows, sums, wide_sums, mean, m2, rest):
     """Mean and m2 of each lane of a block over the rows of a chunk: its tiles merged in order."""
     lanes = mean.shape[0]
     total, squares, shift = sums[0, :lanes], sums[1, :lanes], sums[2, :lanes]
     wide_total, wide_squares, wide_mean = wide_sums[0, :lanes], wide_sums[1, :lanes], wide_sums[2, :lanes]
+    mean[:] = 0.0
     m2[:] = 0.0
     rest[:] = 0.0
+    n = 0.0
     for r in range(0, rows, TILE_ROWS):
         start = first + r * stride
         tile_rows = min(TILE_ROWS, rows - r)
-        tile_n = np.float64(tile_rows)
-        shifted_lane_sums(x, start, stride, tile_rows, total, squares, shift)
+        own_weights = part(weights, r, r + tile_rows)
+        tile_n = total_weight(own_weights, 0, tile_rows)
+        if tile_n == 0.0:
+            continue
+        shifted_lane_sums(x, own_weights, start, stride, tile_rows, total, squares, shift)
         if any_untrusted(total, squares, tile_n):
-            careful_lane_sums(x, start, stride, tile_rows, wide_total, wide_squares, wide_mean)
-        merge_tile(
-            mean, m2, rest, np.float64(r), total, squares, shift, tile_n, wide_total, wide_squares, wide_mean
-        )
+            careful_lane_sums(
+                x, own_weights, start, stride, tile_rows, tile_n, wide_total, wide_squares, wide_mean
+            )
+        merge_tile(mean, m2, rest, n, total, squares, shift, tile_n, wide_total, wide_squares, wide_mean)
+        n += tile_n
     settle_rows(m2, rest)
 
 
@@ -161,7 +237,7 @@ def merge_rows(mean, m2, rest, n, other_mean, other_m2, other_n):
     for i in range(mean.shape[0]):
         single_m2 = 0.0 if other_m2 is None else other_m2[i]
         _, mean[i], m2[i], rest[i] = accumulate(
-            n, mean[i], m2[i], rest[i], other_n, np.float64(other_mean[i]), single_m2
+            n, mean[i], m2[i], rest[i], other_n, np.float64(widen(other_mean[i])), single_m2
         )
 
 
@@ -188,18 +264,22 @@ def slot_moments(mean, m2, n):
 
 
 @helper
-def apply_row(x, y, mean_hi, scale, shift):
+def apply_row(x, y, residual, mean_hi, scale, shift, activation):
     """Normalize one row of lanes."""
     for i in range(x.shape[0]):
-        y[i] = normalize(x[i], mean_hi[i], scale[i], shift[i])
+        z = normalize(widen(x[i]), mean_hi[i], scale[i], shift[i])
+        if residual is not None:
+            z += widen(residual[i])
+        y[i] = narrow(activate(z, activation), y)
 
 
 @helper
-def push_grads(sum_dz, sum_dz_x_hat, mean_hi, rstd, x, dy):
+def push_grads(sum_dz, sum_dz_x_hat, mean_hi, rstd, x, dz):
     """Add one row to the sums of dz and dz * x_hat; x_hat relative to the rounded mean."""
     for i in range(x.shape[0]):
-        sum_dz[i] += dy[i]
-        sum_dz_x_hat[i] += dy[i] * ((x[i] - mean_hi[i]) * rstd[i])
+        d = widen(dz[i])
+        sum_dz[i] += d
+        sum_dz_x_hat[i] += d * standardize(widen(x[i]), mean_hi[i], rstd[i])
 
 
 @helper
@@ -207,14 +287,46 @@ def push_four_grads(sum_dz, sum_dz_x_hat, mean_hi, rstd, xa, xb, xc, xd, a, b, c
     """Add four rows at once, so that the sums are read and written once for all of them."""
     for i in range(xa.shape[0]):
         m, r = mean_hi[i], rstd[i]
-        sum_dz[i] += (a[i] + b[i]) + (c[i] + d[i])
-        sum_dz_x_hat[i] += (a[i] * ((xa[i] - m) * r) + b[i] * ((xb[i] - m) * r)) + (
-            c[i] * ((xc[i] - m) * r) + d[i] * ((xd[i] - m) * r)
+        da, db, dc, dd = widen(a[i]), widen(b[i]), widen(c[i]), widen(d[i])
+        sum_dz[i] += (da + db) + (dc + dd)
+        sum_dz_x_hat[i] += (da * standardize(widen(xa[i]), m, r) + db * standardize(widen(xb[i]), m, r)) + (
+            dc * standardize(widen(xc[i]), m, r) + dd * standardize(widen(xd[i]), m, r)
         )
 
 
 @helper
-def chunk_lane_grad_sums(x, dy, first, stride, rows, spare, mean_hi, rstd, sums, lane_sums):
+def summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room, first, n, r, at):
+    """Lanes of x and dz of row ``r``: as they are, or computed into room ``at``, as `planes.summands` does."""
+    if room is None:
+        return row(x, first, n), row(dy, first, n)
+    x_room, dz_room = room[at, 0, :n], room[at, 1, :n]
+    fill_summands(
+        row(x, first, n), row(dy, first, n), part(residual, first, first + n), mean_hi, scale, shift, activation,
+        row_weight(weights, r) == 0.0, x_room, dz_room,
+    )  # fmt: skip
+    return x_room, dz_room
+
+
+@helper
+def fill_summands(x, dy, residual, mean_hi, scale, shift, activation, masked, x_room, dz_room):
+    """Compute one row of x and dz."""
+    for i in range(x.shape[0]):
+        value, d = widen(x[i]), widen(dy[i])
+        absent = masked and d == 0
+        if activation is not None:
+            z = normalize(value, mean_hi[i], scale[i], shift[i])
+            if residual is not None:
+                z += widen(residual[i])
+            d = activation_gradient(d, z, activation)
+        x_room[i] = mean_hi[i] if absent else value
+        dz_room[i] = rounded(0.0, x) if absent else d
+
+
+@helper
+def chunk_lane_grad_sums(
+    x, dy, residual, weights, activation, first, stride, rows, spare, mean_hi, rstd, scale, shift, sums, room,
+    lane_sums,
+):  # fmt: skip
     """Sums of dz and dz * x_hat of each lane of a block over whole rows and one spare row of fewer lanes.
 
     ``lane_sums`` takes both totals, each followed by what rounding leaves out of it.
@@ -222,23 +334,47 @@ def chunk_lane_grad_sums(x, dy, first, stride, rows, spare, mean_hi, rstd, sums,
     n = mean_hi.shape[0]
     narrow_dz, narrow_dz_x_hat = row(sums[0], 0, n), row(sums[1], 0, n)
     lane_sums[:, :] = 0.0
-    last = first + rows * stride
-    for start in range(first, last, TILE_ROWS * stride):
+    for start in range(0, max(rows, 1), TILE_ROWS):
         narrow_dz[:] = 0
         narrow_dz_x_hat[:] = 0
-        i, end = start, min(start + TILE_ROWS * stride, last)
-        while i + 4 * stride <= end:
-            push_four_grads(
-                narrow_dz, narrow_dz_x_hat, mean_hi, rstd,
-                row(x, i, n), row(x, i + stride, n), row(x, i + 2 * stride, n), row(x, i + 3 * stride, n),
-                row(dy, i, n), row(dy, i + stride, n), row(dy, i + 2 * stride, n), row(dy, i + 3 * stride, n),
-            )  # fmt: skip
-            i += 4 * stride
-        while i < end:
-            push_grads(narrow_dz, narrow_dz_x_hat, mean_hi, rstd, row(x, i, n), row(dy, i, n))
-            i += stride
-        if end == last:
-            push_grads(narrow_dz, narrow_dz_x_hat, mean_hi, rstd, row(x, last, spare), row(dy, last, spare))
+        r, end = start, min(start + TILE_ROWS, rows)
+        while r + 4 <= end:
+            i = first + r * stride
+            xa, a = summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room, i, n, r, 0)
+            xb, b = summands(
+                x, dy, residual, weights, mean_hi, scale, shift, activation, room, i + stride, n, r + 1, 1
+            )
+            xc, c = summands(
+                x, dy, residual, weights, mean_hi, scale, shift, activation, room, i + 2 * stride, n, r + 2, 2
+            )
+            xd, d = summands(
+                x, dy, residual, weights, mean_hi, scale, shift, activation, room, i + 3 * stride, n, r + 3, 3
+            )
+            push_four_grads(narrow_dz, narrow_dz_x_hat, mean_hi, rstd, xa, xb, xc, xd, a, b, c, d)
+            r += 4
+        while r < end:
+            xa, a = summands(
+                x, dy, residual, weights, mean_hi, scale, shift, activation, room, first + r * stride, n, r, 0
+            )
+            push_grads(narrow_dz, narrow_dz_x_hat, mean_hi, rstd, xa, a)
+            r += 1
+        if end == rows and spare:
+            xa, a = summands(
+                x,
+                dy,
+                residual,
+                weights,
+                mean_hi,
+                scale,
+                shift,
+                activation,
+                room,
+                first + rows * stride,
+                spare,
+                rows,
+                0,
+            )
+            push_grads(narrow_dz, narrow_dz_x_hat, mean_hi, rstd, xa, a)
         add_rows(lane_sums[0], lane_sums[1], narrow_dz)
         add_rows(lane_sums[2], lane_sums[3], narrow_dz_x_hat)
 
@@ -254,14 +390,28 @@ def line_sum(values, rests, first, end):
 
 
 @helper
-def input_grad_row(x, dy, dx, mean_hi, rstd, slope, offset, gain):
-    """Dx of one row of lanes."""
+def input_grad_row(
+    x, dy, dx, dresidual, residual, w, mean_hi, rstd, slope, offset, gain, scale, shift, activation
+):  # fmt: skip
+    """Dx, and dz where it is wanted, of one row of lanes; no slope: constant statistics, or a row that does not count.
+
+    Such a row may hold NaN where dy is 0: then dz is 0.
+    """
     for i in range(x.shape[0]):
-        dx[i] = input_gradient(dy[i], (x[i] - mean_hi[i]) * rstd[i], slope[i], offset[i], gain[i])
-
-
-@helper
-def constant_grad_row(dy, dx, gain):
-    """Dx of one row of lanes whose statistics are constants."""
-    for i in range(dy.shape[0]):
-        dx[i] = dy[i] * gain[i]
+        value, d = widen(x[i]), widen(dy[i])
+        if activation is not None:
+            absent = w is not None and slope is None and d == 0
+            z = normalize(value, mean_hi[i], scale[i], shift[i])
+            if residual is not None:
+                z += widen(residual[i])
+            d = rounded(0.0, x) if absent else activation_gradient(d, z, activation)
+        if dresidual is not None:
+            dresidual[i] = narrow(d, x)
+        if slope is None:
+            dx[i] = narrow(d * gain[i], x)
+        else:
+            x_hat = standardize(value, mean_hi[i], rstd[i])
+            if w is None:
+                dx[i] = narrow(input_gradient(d, x_hat, slope[i], offset[i], gain[i]), x)
+            else:
+                dx[i] = narrow(input_gradient(d, x_hat, w * slope[i], w * offset[i], gain[i]), x)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from numba import njit
 
+from nbnorm._cpu.cache import Cache
+from nbnorm._cpu.halves import computing, stored
+from nbnorm._cpu.team import team
 from nbnorm._math import INNER
 
 # Elements below which waking a team of threads costs more than it saves (benchmarks/bench_batch_norm.py, Small).
@@ -18,10 +18,17 @@ PARALLEL_MIN = 32768
 
 _OUTER: dict[str, Any] = {"error_model": "numpy", "no_cfunc_wrapper": True, "nogil": True}
 
-kernel = njit(**_OUTER)
 helper = njit(**INNER)
 # The least that lets LLVM vectorize a sum; NaN and Inf keep their meaning.
 reduction = njit(**INNER, fastmath={"reassoc", "contract"})
+
+
+def kernel(body: Callable[..., Any], **options: Any) -> Any:
+    """Compile a function that Python calls, once for each signature, and keep the code on disk."""
+    compiled = njit(**_OUTER, **options)(body)
+    if hasattr(compiled, "_cache"):  # plain Python under NUMBA_DISABLE_JIT=1
+        compiled._cache = Cache(compiled)
+    return compiled
 
 
 class Twins:
@@ -33,12 +40,12 @@ class Twins:
 
     def __init__(self, body: Callable[..., Any]) -> None:
         self.serial = kernel(body)
-        self.parallel = njit(**_OUTER, parallel=True)(body)
+        self.parallel = kernel(body, parallel=True)
         self.__name__ = body.__name__
         self.__doc__ = body.__doc__
 
     def __call__(self, threads: int, *args: Any) -> Any:
-        leave = _team.enter() if threads > 1 else None
+        leave = team.enter() if threads > 1 else None
         if leave is None:
             return self.serial(*args)
         try:
@@ -47,51 +54,9 @@ class Twins:
             leave()
 
 
-class _Team:
-    """Says when a team of threads may be started.
-
-    Numba's workqueue layer aborts the process when two threads use it at once, and GNU OpenMP kills or
-    hangs a forked child whose parent has used it.
-    """
-
-    def __init__(self) -> None:
-        self.enabled = os.environ.get("NBNORM_PARALLEL", "1") != "0"
-        self.lock = threading.Lock()
-
-    def after_fork_in_child(self) -> None:
-        self.lock = threading.Lock()
-        if _layer() == "omp":
-            self.enabled = False
-
-    def enter(self) -> Callable[[], None] | None:
-        """Return what is to be called at the end, or None where the kernel must stay serial."""
-        if _layer() in ("omp", "tbb"):
-            return _nothing
-        return self.lock.release if self.lock.acquire(blocking=False) else None
-
-
-def _nothing() -> None:
-    pass
-
-
-def _layer() -> str | None:
-    """Name of Numba's threading layer; None until the first parallel kernel starts one."""
-    try:
-        return str(numba.threading_layer())  # type: ignore[attr-defined]
-    except ValueError:
-        return None
-
-
-_team = _Team()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_team.after_fork_in_child)
-
-
 def threads_for(work: int) -> int:
     """Return how many threads should share ``work`` elements."""
-    if work < PARALLEL_MIN or not _team.enabled:
-        return 1
-    return int(numba.get_num_threads())
+    return 1 if work < PARALLEL_MIN else team.size()
 
 
 def balanced(tasks: int, threads: int) -> bool:
@@ -100,18 +65,25 @@ def balanced(tasks: int, threads: int) -> bool:
 
 
 def flat(x: np.ndarray) -> np.ndarray:
-    """View a dense array as one dimension in memory order, typed as writable.
+    """View a dense array as kernels take it: one dimension in memory order, halves as integers, typed as writable.
 
     Numba compiles a second kernel for each read-only argument; inputs are never written, so the flag alone
     is not worth one.
     """
-    line = x.ravel("K")
+    line = stored(x.ravel("K"))
     return line if line.flags.writeable else np.asarray(_Writable(line))
 
 
+def optional(x: np.ndarray | None) -> np.ndarray | None:
+    """View an optional array like x as kernels take it."""
+    return None if x is None else flat(x)
+
+
 def line(parameter: np.ndarray | None) -> np.ndarray | None:
-    """View an optional parameter as one dimension in C order."""
-    return None if parameter is None else flat(np.ascontiguousarray(parameter))
+    """View an optional parameter as one dimension in C order, halves widened."""
+    if parameter is None:
+        return None
+    return flat(np.ascontiguousarray(parameter, computing(parameter.dtype)))
 
 
 class _Writable:

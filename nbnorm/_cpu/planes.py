@@ -18,8 +18,23 @@ from typing import NamedTuple
 import numpy as np
 from numba import prange
 
+from nbnorm._activation import activate, activation_gradient
+from nbnorm._cpu.halves import narrow, scratch, widen
 from nbnorm._cpu.launch import Twins, balanced, helper, reduction
-from nbnorm._cpu.tiles import CHUNK, TILE, add_rows, parameter, piece, tile_moments, weighted
+from nbnorm._cpu.tiles import (
+    CHUNK,
+    PIECE,
+    TILE,
+    add_rows,
+    line_moments,
+    mask_row,
+    parameter,
+    part,
+    piece,
+    slot_count,
+    tile_moments,
+    weighted,
+)
 from nbnorm._math import (
     accumulate,
     add,
@@ -27,8 +42,11 @@ from nbnorm._math import (
     gradient_terms,
     input_gradient,
     normalize,
+    recentered,
     reciprocal_std,
+    rounded,
     settled,
+    standardize,
 )
 from nbnorm._view import View
 
@@ -48,15 +66,18 @@ class Cut(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def geometry(view: View) -> np.ndarray:
-    """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers."""
+def geometry(view: View, masked: bool = False) -> np.ndarray:
+    """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers.
+
+    A mask makes no difference here.
+    """
     rows, cols = (1, CHUNK) if view.inner > CHUNK else (max(1, CHUNK // view.inner), view.inner)
     chunks = -(-view.outer // rows) * -(-view.inner // cols)
     rule = (view.period, view.width, view.run)
     return np.array(Cut(view.outer, view.group, view.inner, *rule, rows, cols, chunks))
 
 
-def fused(view: View, threads: int) -> bool:
+def fused(view: View, threads: int, masked: bool = False) -> bool:
     """Whether whole slots keep the threads busy."""
     return balanced(view.slots, threads)
 
@@ -76,8 +97,10 @@ def block(index, outer, inner, rows, cols):
 
 
 @helper
-def chunk_moments(g, x, slot, chunk):
+def chunk_moments(g, x, weights, slot, chunk):
     """Count, mean and m2 of one chunk of a slot: its tiles merged in order."""
+    if weights is not None:
+        return counted_chunk_moments(g, x, mask_row(weights, slot, unpack(g).period), slot, chunk)
     cut = unpack(g)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     tile_rows, tile_cols = max(1, min(rows, TILE // cols)), min(cols, TILE)
@@ -85,16 +108,32 @@ def chunk_moments(g, x, slot, chunk):
     for tile in range(-(-rows // tile_rows) * -(-cols // tile_cols)):
         r, height, c, width = block(tile, rows, cols, tile_rows, tile_cols)
         first = ((r0 + r) * cut.group + slot) * cut.inner + c0 + c
-        tile_mean, tile_m2 = tile_moments(x, first, cut.group * cut.inner, height, width)
-        n, mean, m2, rest = accumulate(n, mean, m2, rest, np.float64(height * width), tile_mean, tile_m2)
+        tile_n, tile_mean, tile_m2 = tile_moments(x, None, first, cut.group * cut.inner, height, width)
+        n, mean, m2, rest = accumulate(n, mean, m2, rest, tile_n, tile_mean, tile_m2)
     return n, mean, settled(m2, rest)
 
 
 @helper
-def apply_segment(x, y, mean_hi, scale, shift):
-    """Normalize neighbours that share their coefficients."""
-    for i in range(x.shape[0]):
-        y[i] = normalize(x[i], mean_hi, scale, shift)
+def counted_chunk_moments(g, x, weights, slot, chunk):
+    """`chunk_moments` with the weights of the slot's positions: a segment of a run at a time."""
+    cut = unpack(g)
+    r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
+    first_run, end_run = runs(c0, cols, cut.run)
+    n = mean = m2 = rest = 0.0
+    for j in range(first_run, end_run):
+        start, end = max(c0, j * cut.run), min(c0 + cols, (j + 1) * cut.run)
+        for r in range(r0, r0 + rows):
+            base = (r * cut.group + slot) * cut.inner
+            segment_weights = positions(weights, cut, r, j, start, end)
+            part_n, part_mean, part_m2 = line_moments(x[base + start : base + end], segment_weights, True)
+            n, mean, m2, rest = accumulate(n, mean, m2, rest, part_n, part_mean, part_m2)
+    return n, mean, settled(m2, rest)
+
+
+@helper
+def positions(weights, cut, r, j, start, end):
+    """Weights of the columns [start, end) of run ``j`` in row ``r``: every run has the same."""
+    return None if weights is None else weights[(r - j) * cut.run + start : (r - j) * cut.run + end]
 
 
 @helper
@@ -104,7 +143,17 @@ def runs(c0, cols, run):
 
 
 @helper
-def apply_chunk(g, x, y, slot, chunk, mean, rstd, weight, bias):
+def apply_segment(x, y, residual, mean_hi, scale, shift, activation):
+    """Normalize neighbours that share their coefficients."""
+    for i in range(x.shape[0]):
+        z = normalize(widen(x[i]), mean_hi, scale, shift)
+        if residual is not None:
+            z += widen(residual[i])
+        y[i] = narrow(activate(z, activation), y)
+
+
+@helper
+def apply_chunk(g, x, y, slot, chunk, mean, rstd, weight, bias, residual, activation):
     """Normalize one chunk of a slot, run by run, backwards: what has been read last is still in cache."""
     cut = unpack(g)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
@@ -115,39 +164,87 @@ def apply_chunk(g, x, y, slot, chunk, mean, rstd, weight, bias):
         start, end = max(c0, j * cut.run), min(c0 + cols, (j + 1) * cut.run)
         for r in range(r0 + rows - 1, r0 - 1, -1):
             base = (r * cut.group + slot) * cut.inner
-            apply_segment(x[base + start : base + end], y[base + start : base + end], mean_hi, scale, shift)
+            first, last = base + start, base + end
+            apply_segment(
+                x[first:last], y[first:last], part(residual, first, last), mean_hi, scale, shift, activation
+            )
 
 
 @reduction
-def piece_grad_sums(x, dy, mean_hi, rstd):
-    """Sums of dz and dz * x_hat over one piece, in the type of x; x_hat relative to the rounded mean."""
-    sum_dz = x.dtype.type(0)
-    sum_dz_x_hat = x.dtype.type(0)
+def piece_grad_sums(x, dz, mean_hi, rstd):
+    """Sums of dz and dz * x_hat over one piece; x_hat relative to the rounded mean."""
+    sum_dz = rounded(0.0, x)
+    sum_dz_x_hat = rounded(0.0, x)
     for i in range(x.shape[0]):
-        sum_dz += dy[i]
-        sum_dz_x_hat += dy[i] * ((x[i] - mean_hi) * rstd)
+        d = widen(dz[i])
+        sum_dz += d
+        sum_dz_x_hat += d * standardize(widen(x[i]), mean_hi, rstd)
     return sum_dz, sum_dz_x_hat
 
 
 @helper
-def chunk_grad_sums(g, x, dy, slot, chunk, mean, rstd, sums):
+def summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room):
+    """x and dz of one piece: as they are, or computed into ``room`` where they depend on options.
+
+    Being written out, dz takes part in the same sums, and gives the same bits, as one that comes from outside.
+    What neither counts nor has a gradient may be NaN; it takes part as 0.
+    """
+    if room is None:
+        return x, dy
+    n = x.shape[0]
+    x_room, dz_room = room[0, :n], room[1, :n]
+    for i in range(n):
+        value, d = widen(x[i]), widen(dy[i])
+        absent = False
+        if weights is not None:
+            absent = weights[i] == 0 and d == 0
+        if activation is not None:
+            z = normalize(value, mean_hi, scale, shift)
+            if residual is not None:
+                z += widen(residual[i])
+            d = activation_gradient(d, z, activation)
+        dz_room[i] = rounded(0.0, x) if absent else d
+        if weights is not None:
+            x_room[i] = mean_hi if absent else value
+    return x if weights is None else x_room, dz_room
+
+
+@helper
+def summands_room(x, weights, activation):
+    """Room for `summands`, None where they are computed from nothing but x and dy."""
+    if activation is None:
+        return None if weights is None else scratch((2, PIECE), x)
+    return scratch((2, PIECE), x)
+
+
+@helper
+def chunk_grad_sums(g, x, dy, slot, chunk, mean, rstd, weight, bias, residual, activation, weights, sums):
     """Add the sums of dz and of dz * x_hat over one chunk of a slot to those of its runs: total, rest, of each."""
     cut = unpack(g)
-    mean_hi, scale, _ = affine(mean, rstd, 1.0, 0.0, x)
+    mean_hi, hat_scale, _ = affine(mean, rstd, 1.0, 0.0, x)
+    own_weights = mask_row(weights, slot, cut.period)
+    room = summands_room(x, weights, activation)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
     for j in range(first_run, end_run):
+        p = slot % cut.period * cut.width + j
+        _, scale, shift = affine(mean, rstd, parameter(weight, p, 1.0), parameter(bias, p, 0.0), x)
         start, end = max(c0, j * cut.run), min(c0 + cols, (j + 1) * cut.run)
         a = a_rest = b = b_rest = 0.0
         for r in range(r0, r0 + rows):
             base = (r * cut.group + slot) * cut.inner
-            for i in range(base + start, base + end, piece(x)):
-                stop = min(i + piece(x), base + end)
-                piece_a, piece_b = piece_grad_sums(x[i:stop], dy[i:stop], mean_hi, scale)
+            for i in range(start, end, piece(x)):
+                stop = min(i + piece(x), end)
+                first, last = base + i, base + stop
+                x_piece, dz_piece = summands(
+                    x[first:last], dy[first:last], part(residual, first, last),
+                    positions(own_weights, cut, r, j, i, stop), mean_hi, scale, shift, activation, room,
+                )  # fmt: skip
+                piece_a, piece_b = piece_grad_sums(x_piece, dz_piece, mean_hi, hat_scale)
                 a, a_rest = add(a, a_rest, piece_a)
                 b, b_rest = add(b, b_rest, piece_b)
         a = settled(a, a_rest)
-        b = settled(b, b_rest) - (mean - mean_hi) * rstd * a
+        b = recentered(settled(b, b_rest), a, mean, mean_hi, rstd)
         sums[0, j], sums[1, j] = add(sums[0, j], sums[1, j], a)
         sums[2, j], sums[3, j] = add(sums[2, j], sums[3, j], b)
 
@@ -161,129 +258,187 @@ def settle(sums, sum_dz, sum_dz_x_hat):
 
 
 @helper
-def input_grad_segment(x, dy, dx, mean_hi, rstd, slope, offset, gain):
-    """Dx of neighbours that share their coefficients."""
+def input_grad_segment(
+    x, dy, dx, dresidual, residual, weights, mean_hi, hat_scale, slope, offset, gain, scale, shift, activation
+):  # fmt: skip
+    """Dx, and dz where it is wanted, of neighbours that share their coefficients; no slope: constant statistics."""
     for i in range(x.shape[0]):
-        dx[i] = input_gradient(dy[i], (x[i] - mean_hi) * rstd, slope, offset, gain)
+        value, d = widen(x[i]), widen(dy[i])
+        absent = False
+        if weights is not None:
+            absent = weights[i] == 0 and d == 0
+        if activation is not None:
+            z = normalize(value, mean_hi, scale, shift)
+            if residual is not None:
+                z += widen(residual[i])
+            d = rounded(0.0, x) if absent else activation_gradient(d, z, activation)
+        if dresidual is not None:
+            dresidual[i] = narrow(d, x)
+        if slope is None:
+            dx[i] = narrow(d * gain, x)
+        elif weights is None:
+            dx[i] = narrow(input_gradient(d, standardize(value, mean_hi, hat_scale), slope, offset, gain), x)
+        else:
+            w = weights[i]
+            x_hat = standardize(value, mean_hi, hat_scale) if w > 0 else rounded(0.0, x)
+            dx[i] = narrow(input_gradient(d, x_hat, w * slope, w * offset, gain), x)
 
 
 @helper
-def constant_grad_segment(dy, dx, gain):
-    """Dx of neighbours whose statistics are constants."""
-    for i in range(dy.shape[0]):
-        dx[i] = dy[i] * gain
-
-
-@helper
-def input_grad_chunk(g, x, dy, dx, slot, chunk, mean, rstd, weight, sum_dz, sum_dz_x_hat, n, constant):
+def input_grad_chunk(
+    g, x, dy, dx, dresidual, slot, chunk, mean, rstd, weight, bias, residual, activation, weights,
+    sum_dz, sum_dz_x_hat, count, counts, constant,
+):  # fmt: skip
     """Dx of one chunk of a slot, run by run, from the sums over all of its runs; backwards as `apply_chunk`."""
     cut = unpack(g)
     first = slot % cut.period * cut.width
     sum_g, sum_g_x_hat = weighted(weight, first, sum_dz), weighted(weight, first, sum_dz_x_hat)
-    mean_hi, scale, _ = affine(mean, rstd, 1.0, 0.0, x)
-    slope, offset, factor = gradient_terms(mean, rstd, sum_g, sum_g_x_hat, n, True, constant, x)
+    mean_hi, hat_scale, _ = affine(mean, rstd, 1.0, 0.0, x)
+    n = slot_count(count, counts, slot, cut.period)
+    slope, offset, factor = gradient_terms(
+        mean, rstd, sum_g, sum_g_x_hat, n, True, constant, weights is not None, x
+    )
+    own_weights = mask_row(weights, slot, cut.period)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
     for j in range(first_run, end_run):
-        gain = x.dtype.type(factor * parameter(weight, first + j, 1.0))
+        w, b = parameter(weight, first + j, 1.0), parameter(bias, first + j, 0.0)
+        gain = rounded(factor * w, x)
+        _, scale, shift = affine(mean, rstd, w, b, x)
         start, end = max(c0, j * cut.run), min(c0 + cols, (j + 1) * cut.run)
         for r in range(r0 + rows - 1, r0 - 1, -1):
             base = (r * cut.group + slot) * cut.inner
-            x_run, dy_run, dx_run = (
-                x[base + start : base + end],
-                dy[base + start : base + end],
-                dx[base + start : base + end],
-            )
+            i, k = base + start, base + end
+            arrays = (x[i:k], dy[i:k], dx[i:k], part(dresidual, i, k), part(residual, i, k))
+            segment_weights = positions(own_weights, cut, r, j, start, end)
             if constant:
-                constant_grad_segment(dy_run, dx_run, gain)
+                input_grad_segment(
+                    *arrays, segment_weights, mean_hi, hat_scale, None, None, gain, scale, shift, activation
+                )
             else:
-                input_grad_segment(x_run, dy_run, dx_run, mean_hi, scale, slope, offset, gain)
+                input_grad_segment(
+                    *arrays,
+                    segment_weights,
+                    mean_hi,
+                    hat_scale,
+                    slope,
+                    offset,
+                    gain,
+                    scale,
+                    shift,
+                    activation,
+                )
 
 
 @Twins
-def moments_kernel(g, x, mean, m2):
+def moments_kernel(g, x, weights, mean, m2):
     """One chunk per task, then the chunks of each slot in order; reads x once."""
     cut = unpack(g)
     group, chunks = cut.group, cut.chunks
-    part = np.empty((group * chunks, 3))
+    part_moments = np.empty((group * chunks, 3))
     for task in prange(group * chunks):
-        part[task, 0], part[task, 1], part[task, 2] = chunk_moments(g, x, task // chunks, task % chunks)
+        own = part_moments[task]
+        own[0], own[1], own[2] = chunk_moments(g, x, weights, task // chunks, task % chunks)
     for slot in range(group):
         n = slot_mean = slot_m2 = rest = 0.0
         for i in range(slot * chunks, (slot + 1) * chunks):
-            n, slot_mean, slot_m2, rest = accumulate(
-                n, slot_mean, slot_m2, rest, part[i, 0], part[i, 1], part[i, 2]
-            )
+            own = part_moments[i]
+            n, slot_mean, slot_m2, rest = accumulate(n, slot_mean, slot_m2, rest, own[0], own[1], own[2])
         mean[slot], m2[slot] = slot_mean, settled(slot_m2, rest)
 
 
 @Twins
-def apply_kernel(g, x, y, mean, rstd, weight, bias):
+def apply_kernel(g, x, y, mean, rstd, weight, bias, residual, activation):
     """One chunk per task; reads x and writes y once."""
     cut = unpack(g)
     group, chunks = cut.group, cut.chunks
     for task in prange(group * chunks):
-        slot = task // chunks
-        apply_chunk(g, x, y, slot, task % chunks, mean[slot], rstd[slot], weight, bias)
+        k = task // chunks
+        apply_chunk(g, x, y, k, task % chunks, mean[k], rstd[k], weight, bias, residual, activation)
 
 
 @Twins
-def forward_kernel(g, x, y, weight, bias, eps, mean, m2, rstd):
+def forward_kernel(g, x, y, weight, bias, residual, activation, weights, eps, mean, m2, rstd):
     """One slot per task: its moments, then its normalization from cache."""
     cut = unpack(g)
     group, chunks = cut.group, cut.chunks
     for slot in prange(group):
         n = slot_mean = slot_m2 = rest = 0.0
         for chunk in range(chunks):
-            part_n, part_mean, part_m2 = chunk_moments(g, x, slot, chunk)
+            part_n, part_mean, part_m2 = chunk_moments(g, x, weights, slot, chunk)
             n, slot_mean, slot_m2, rest = accumulate(n, slot_mean, slot_m2, rest, part_n, part_mean, part_m2)
         slot_m2 = settled(slot_m2, rest)
         slot_rstd = reciprocal_std(slot_m2, n, eps)
         mean[slot], m2[slot], rstd[slot] = slot_mean, slot_m2, slot_rstd
         for chunk in range(chunks - 1, -1, -1):
-            apply_chunk(g, x, y, slot, chunk, slot_mean, slot_rstd, weight, bias)
+            apply_chunk(g, x, y, slot, chunk, slot_mean, slot_rstd, weight, bias, residual, activation)
 
 
 @Twins
-def grad_sums_kernel(g, x, dy, mean, rstd, sum_dz, sum_dz_x_hat):
+def grad_sums_kernel(
+    g, x, dy, mean, rstd, weight, bias, residual, activation, weights, sum_dz, sum_dz_x_hat
+):  # fmt: skip
     """One chunk per task, then the chunks of each slot in order; reads x and dy once."""
     cut = unpack(g)
     group, chunks = cut.group, cut.chunks
-    part = np.zeros((group * chunks, 4, cut.width))
+    sums = np.zeros((group * chunks, 4, cut.width))
     for task in prange(group * chunks):
         k = task // chunks
-        chunk_grad_sums(g, x, dy, k, task % chunks, mean[k], rstd[k], part[task])
+        chunk_grad_sums(
+            g,
+            x,
+            dy,
+            k,
+            task % chunks,
+            mean[k],
+            rstd[k],
+            weight,
+            bias,
+            residual,
+            activation,
+            weights,
+            sums[task],
+        )
     for slot in range(group):
         first = slot * chunks
         for task in range(first + 1, first + chunks):
-            add_rows(part[first, 0], part[first, 1], part[task, 0])
-            add_rows(part[first, 2], part[first, 3], part[task, 2])
-        settle(part[first], sum_dz[slot], sum_dz_x_hat[slot])
+            add_rows(sums[first, 0], sums[first, 1], sums[task, 0])
+            add_rows(sums[first, 2], sums[first, 3], sums[task, 2])
+        settle(sums[first], sum_dz[slot], sum_dz_x_hat[slot])
 
 
 @Twins
-def input_grad_kernel(g, x, dy, dx, mean, rstd, weight, sum_dz, sum_dz_x_hat, n, constant):
+def input_grad_kernel(
+    g, x, dy, dx, dresidual, mean, rstd, weight, bias, residual, activation, weights, sum_dz, sum_dz_x_hat,
+    count, counts, constant,
+):  # fmt: skip
     """One chunk per task; reads x and dy and writes dx once."""
     cut = unpack(g)
     chunks = cut.chunks
     for task in prange(cut.group * chunks):
         k = task // chunks
         input_grad_chunk(
-            g, x, dy, dx, k, task % chunks, mean[k], rstd[k], weight, sum_dz[k], sum_dz_x_hat[k], n, constant
-        )
+            g, x, dy, dx, dresidual, k, task % chunks, mean[k], rstd[k], weight, bias, residual, activation,
+            weights, sum_dz[k], sum_dz_x_hat[k], count, counts, constant,
+        )  # fmt: skip
 
 
 @Twins
-def backward_kernel(g, x, dy, dx, mean, rstd, weight, sum_dz, sum_dz_x_hat, n):
+def backward_kernel(
+    g, x, dy, dx, dresidual, mean, rstd, weight, bias, residual, activation, weights, sum_dz, sum_dz_x_hat, count, counts
+):  # fmt: skip
     """One slot per task: its sums, then its dx from cache."""
     cut = unpack(g)
     chunks = cut.chunks
     sums = np.zeros((cut.group, 4, cut.width))
     for k in prange(cut.group):
         for chunk in range(chunks):
-            chunk_grad_sums(g, x, dy, k, chunk, mean[k], rstd[k], sums[k])
+            chunk_grad_sums(
+                g, x, dy, k, chunk, mean[k], rstd[k], weight, bias, residual, activation, weights, sums[k]
+            )
         settle(sums[k], sum_dz[k], sum_dz_x_hat[k])
         for chunk in range(chunks - 1, -1, -1):
             input_grad_chunk(
-                g, x, dy, dx, k, chunk, mean[k], rstd[k], weight, sum_dz[k], sum_dz_x_hat[k], n, False
-            )
+                g, x, dy, dx, dresidual, k, chunk, mean[k], rstd[k], weight, bias, residual, activation,
+                weights, sum_dz[k], sum_dz_x_hat[k], count, counts, False,
+            )  # fmt: skip

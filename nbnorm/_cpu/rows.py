@@ -13,9 +13,20 @@ from typing import NamedTuple
 import numpy as np
 from numba import prange
 
+from nbnorm._cpu.halves import computing, narrow, widen
 from nbnorm._cpu.launch import Twins, balanced, flat, helper, kernel, line, reduction, threads_for
-from nbnorm._cpu.tiles import CHUNK, add_rows, line_moments, piece, settle_rows
-from nbnorm._math import affine, gradient_terms, input_gradient, merge, normalize, reciprocal_std
+from nbnorm._cpu.tiles import CHUNK, add_rows, line_moments, part, piece, settle_rows
+from nbnorm._math import (
+    affine,
+    gradient_terms,
+    input_gradient,
+    merge,
+    normalize,
+    recentered,
+    reciprocal_std,
+    rounded,
+    standardize,
+)
 from nbnorm._view import View
 
 # Bands at most, and rows of a band at least unless that leaves fewer than MIN_BANDS: every band has sums of its
@@ -40,8 +51,11 @@ class Cut(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def geometry(view: View) -> np.ndarray:
-    """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers."""
+def geometry(view: View, masked: bool = False) -> np.ndarray:
+    """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers.
+
+    A mask makes no difference here.
+    """
     rows, inner = view.slots, view.inner
     wanted = min(MAX_BANDS, max(MIN_BANDS, rows // BAND_ROWS), -(-rows * inner // CHUNK))
     band = -(-rows // max(wanted, 1))
@@ -49,7 +63,7 @@ def geometry(view: View) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def fused(view: View, threads: int) -> bool:
+def fused(view: View, threads: int, masked: bool = False) -> bool:
     """Whether whole bands keep the threads busy."""
     return balanced(Cut(*geometry(view)).bands, threads)
 
@@ -58,12 +72,6 @@ def fused(view: View, threads: int) -> bool:
 def unpack(g):
     """Name the integers of a geometry."""
     return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6])
-
-
-@helper
-def part(values, first, end):
-    """Part of an optional array."""
-    return None if values is None else values[first:end]
 
 
 @helper
@@ -90,12 +98,12 @@ def entry(values, i):
 def apply_line(x, y, mean_hi, rstd, rest, weight, bias):
     """Normalize neighbours that share statistics; ``rest`` is what the rounded mean leaves of x_hat."""
     for i in range(x.shape[0]):
-        z = normalize(x[i], mean_hi, rstd, rest)
+        z = normalize(widen(x[i]), mean_hi, rstd, rest)
         if weight is not None:
-            z *= weight[i]
+            z = rounded(z * weight[i], x)
         if bias is not None:
-            z += bias[i]
-        y[i] = z
+            z = rounded(z + bias[i], x)
+        y[i] = narrow(z, y)
 
 
 @helper
@@ -110,12 +118,14 @@ def apply_chunk(g, x, y, r, chunk, mean, rstd, weight, bias):
 @reduction
 def piece_grad_sums(x, dy, weight, mean_hi, rstd):
     """Sums of g = dy * weight and of g * x_hat over one piece, x_hat relative to the rounded mean."""
-    sum_g = x.dtype.type(0)
-    sum_g_x_hat = x.dtype.type(0)
+    sum_g = rounded(0.0, x)
+    sum_g_x_hat = rounded(0.0, x)
     for i in range(x.shape[0]):
-        g = dy[i] if weight is None else x.dtype.type(dy[i] * weight[i])
+        g = widen(dy[i])
+        if weight is not None:
+            g = rounded(g * weight[i], x)
         sum_g += g
-        sum_g_x_hat += g * ((x[i] - mean_hi) * rstd)
+        sum_g_x_hat += g * standardize(widen(x[i]), mean_hi, rstd)
     return sum_g, sum_g_x_hat
 
 
@@ -132,23 +142,27 @@ def chunk_grad_sums(g, x, dy, r, chunk, mean, rstd, weight):
         )
         sum_g += a
         sum_g_x_hat += b
-    return sum_g, sum_g_x_hat - (mean - mean_hi) * rstd * sum_g
+    return sum_g, recentered(sum_g_x_hat, sum_g, mean, mean_hi, rstd)
 
 
 @helper
 def input_grad_line(x, dy, dx, weight, mean_hi, rstd, slope, offset, gain):
     """Dx of neighbours that share statistics."""
     for i in range(x.shape[0]):
-        g = dy[i] if weight is None else x.dtype.type(dy[i] * weight[i])
-        dx[i] = input_gradient(g, (x[i] - mean_hi) * rstd, slope, offset, gain)
+        g = widen(dy[i])
+        if weight is not None:
+            g = rounded(g * weight[i], x)
+        x_hat = standardize(widen(x[i]), mean_hi, rstd)
+        dx[i] = narrow(input_gradient(g, x_hat, slope, offset, gain), dx)
 
 
 @helper
 def parameter_grad_line(x, dy, mean_hi, rstd, rest, sum_dz, sum_dz_x_hat):
     """Add the row's terms to the parameters' gradients."""
     for i in range(x.shape[0]):
-        sum_dz[i] += dy[i]
-        sum_dz_x_hat[i] += dy[i] * normalize(x[i], mean_hi, rstd, rest)
+        d = widen(dy[i])
+        sum_dz[i] += d
+        sum_dz_x_hat[i] += d * normalize(widen(x[i]), mean_hi, rstd, rest)
 
 
 @helper
@@ -164,9 +178,9 @@ def backward_chunk(g, x, dy, dx, r, chunk, mean, rstd, weight, sum_g, sum_g_x_ha
     if dx is not None:
         n = np.float64(cut.inner)
         slope, offset, factor = gradient_terms(
-            row_mean, rstd[r], sum_g, sum_g_x_hat, n, mean is not None, False, x
+            row_mean, rstd[r], sum_g, sum_g_x_hat, n, mean is not None, False, False, x
         )
-        gain = x.dtype.type(factor)
+        gain = rounded(factor, x)
         input_grad_line(
             x[first:end],
             dy[first:end],
@@ -181,15 +195,15 @@ def backward_chunk(g, x, dy, dx, r, chunk, mean, rstd, weight, sum_g, sum_g_x_ha
 
 
 @helper
-def flush(g, chunk, narrow, wide):
+def flush(g, chunk, sums, wide):
     """Add a chunk of columns' sums in the array's type to the float64 ones and start them anew."""
     cut = unpack(g)
     for k in range(cut.period):
         first = k * cut.inner + chunk * cut.chunk
         end = k * cut.inner + min((chunk + 1) * cut.chunk, cut.inner)
         for i in range(2):
-            add_rows(wide[2 * i, first:end], wide[2 * i + 1, first:end], narrow[i, first:end])
-            narrow[i, first:end] = 0
+            add_rows(wide[2 * i, first:end], wide[2 * i + 1, first:end], sums[i, first:end])
+            sums[i, first:end] = 0
 
 
 @helper
@@ -208,7 +222,7 @@ def moments_kernel(g, x, mean, m2):
     for task in prange(rows * chunks):
         first, end, _ = span(g, task // chunks, task % chunks)
         own = part_moments[task]
-        own[0], own[1], own[2] = line_moments(x[first:end], mean is not None)
+        own[0], own[1], own[2] = line_moments(x[first:end], None, mean is not None)
     for r in prange(rows):
         n, row_mean, row_m2 = part_moments[r * chunks]
         for i in range(r * chunks + 1, (r + 1) * chunks):
@@ -240,7 +254,7 @@ def forward_kernel(g, x, y, weight, bias, eps, mean, m2, rstd):
             n = row_mean = row_m2 = 0.0
             for chunk in range(chunks):
                 first, last, _ = span(g, r, chunk)
-                part_n, part_mean, part_m2 = line_moments(x[first:last], mean is not None)
+                part_n, part_mean, part_m2 = line_moments(x[first:last], None, mean is not None)
                 n, row_mean, row_m2 = merge(n, row_mean, row_m2, part_n, part_mean, part_m2)
             row_rstd = reciprocal_std(row_m2, n, eps)
             m2[r], rstd[r] = row_m2, row_rstd
@@ -276,10 +290,12 @@ def finish_row(g, r, start, end, chunk, sums, wide):
 
 
 @helper
-def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_x_hat, narrow, wide):
+def input_grad_band(
+    g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_x_hat, narrow_sums, wide_sums
+):
     """Dx of one chunk of the columns of a band, row by row, for given sums."""
     start, end = band_rows(g, band)
-    own, own_wide = entry(narrow, band), entry(wide, band)
+    own, own_wide = entry(narrow_sums, band), entry(wide_sums, band)
     for r in range(start, end):
         a, b = value_of(sum_g, r), value_of(sum_g_x_hat, r)
         backward_chunk(g, x, dy, dx, r, chunk, mean, rstd, weight, a, b, own)
@@ -287,11 +303,11 @@ def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_
 
 
 @helper
-def backward_band(g, x, dy, dx, band, mean, rstd, weight, narrow, wide):
+def backward_band(g, x, dy, dx, band, mean, rstd, weight, narrow_sums, wide_sums):
     """Sums and dx of a band, row by row."""
     chunks = unpack(g).chunks
     start, end = band_rows(g, band)
-    own, own_wide = entry(narrow, band), entry(wide, band)
+    own, own_wide = entry(narrow_sums, band), entry(wide_sums, band)
     for r in range(start, end):
         a = b = 0.0
         for chunk in range(chunks):
@@ -314,21 +330,33 @@ def add_bands_kernel(wide):
 
 
 @Twins
-def input_grad_kernel(g, x, dy, dx, mean, rstd, weight, sum_g, sum_g_x_hat, narrow, wide):
+def input_grad_kernel(g, x, dy, dx, mean, rstd, weight, sum_g, sum_g_x_hat, narrow_sums, wide_sums):
     """One chunk of the columns of a band per task; reads x and dy and writes dx once."""
     cut = unpack(g)
     chunks = cut.chunks
     for task in prange(cut.bands * chunks):
         input_grad_band(
-            g, x, dy, dx, task // chunks, task % chunks, mean, rstd, weight, sum_g, sum_g_x_hat, narrow, wide
+            g,
+            x,
+            dy,
+            dx,
+            task // chunks,
+            task % chunks,
+            mean,
+            rstd,
+            weight,
+            sum_g,
+            sum_g_x_hat,
+            narrow_sums,
+            wide_sums,
         )
 
 
 @Twins
-def backward_kernel(g, x, dy, dx, mean, rstd, weight, narrow, wide):
+def backward_kernel(g, x, dy, dx, mean, rstd, weight, narrow_sums, wide_sums):
     """One band of rows per task: the sums of each row, then its dx from cache."""
     for band in prange(unpack(g).bands):
-        backward_band(g, x, dy, dx, band, mean, rstd, weight, narrow, wide)
+        backward_band(g, x, dy, dx, band, mean, rstd, weight, narrow_sums, wide_sums)
 
 
 def backward(
@@ -340,19 +368,20 @@ def backward(
     if not view.size:
         return np.zeros(parameters), np.zeros(parameters)
     g, threads = geometry(view), threads_for(view.size)
-    arrays = (flat(x), flat(dy), None if dx is None else flat(dx), mean, rstd, line(weight))
+    own_weight = line(weight)
+    arrays = (flat(x), flat(dy), None if dx is None else flat(dx), mean, rstd, own_weight)
     bands = Cut(*g).bands
-    narrow = np.zeros((bands, 2, parameters), x.dtype) if with_parameters else None
-    wide = np.zeros((bands, 4, parameters)) if with_parameters else None
+    narrow_sums = np.zeros((bands, 2, parameters), computing(x.dtype)) if with_parameters else None
+    wide_sums = np.zeros((bands, 4, parameters)) if with_parameters else None
     if dx is not None and fused(view, threads):
-        backward_kernel(threads, g, *arrays, narrow, wide)
+        backward_kernel(threads, g, *arrays, narrow_sums, wide_sums)
     else:
         sum_g = sum_g_x_hat = None
         if dx is not None:
             sum_g, sum_g_x_hat = np.empty((2, view.slots))
-            grad_sums_kernel(threads, g, *arrays[:2], mean, rstd, arrays[5], sum_g, sum_g_x_hat)
-        input_grad_kernel(threads, g, *arrays, sum_g, sum_g_x_hat, narrow, wide)
-    if wide is None:
+            grad_sums_kernel(threads, g, *arrays[:2], mean, rstd, own_weight, sum_g, sum_g_x_hat)
+        input_grad_kernel(threads, g, *arrays, sum_g, sum_g_x_hat, narrow_sums, wide_sums)
+    if wide_sums is None:
         return np.zeros(0), np.zeros(0)
-    add_bands_kernel(wide)
-    return wide[0, 0], wide[0, 2]
+    add_bands_kernel(wide_sums)
+    return wide_sums[0, 0], wide_sums[0, 2]

@@ -10,8 +10,9 @@ from math import isnan
 
 import numpy as np
 
+from nbnorm._cpu.halves import widen
 from nbnorm._cpu.launch import helper, reduction
-from nbnorm._math import accumulate, add, settled
+from nbnorm._math import accumulate, add, rounded, settled
 
 # Values summed in the array's own type before float64 takes over: with 32 or more SIMD accumulators no chain
 # is longer than 32 additions, which keeps a float32 sum within about one part in ten million.
@@ -44,44 +45,88 @@ def piece(x):
 @helper
 def nearby(x):
     """Return the mean of eight values spread over x, a good shift; it is exact where they are equal."""
-    first = x[0]
-    rest = x.dtype.type(0)
+    first = widen(x[0])
+    rest = rounded(0.0, x)
     for i in range(1, 8):
-        rest += x[i * x.shape[0] // 8] - first
-    return first + rest * x.dtype.type(0.125)
+        rest += widen(x[i * x.shape[0] // 8]) - first
+    return first + rest * rounded(0.125, x)
+
+
+@helper
+def nearby_counted(x, weights):
+    """Return `nearby` of the values that count: eighths of x stand in for its elements."""
+    first = rest = rounded(0.0, x)
+    found = 0
+    for k in range(8):
+        for i in range(k * x.shape[0] // 8, (k + 1) * x.shape[0] // 8):
+            if weights[i] > 0:
+                first = first if found else widen(x[i])
+                rest += widen(x[i]) - first
+                found += 1
+                break
+    return first + rest / rounded(max(found, 1), x)
 
 
 @reduction
-def shifted_sums(x, shift):
-    """Sum of (x - shift) and of (x - shift)**2 over one piece, in the type of x."""
-    total = x.dtype.type(0)
-    squares = x.dtype.type(0)
-    for i in range(x.shape[0]):
-        d = x[i] - shift
-        total += d
-        squares += d * d
-    return total, squares
+def shifted_sums(x, weights, shift):
+    """Count, sum of (x - shift) and of (x - shift)**2 over one piece; what has no weight is not looked at."""
+    count = rounded(x.shape[0], x)
+    total = squares = rounded(0.0, x)
+    if weights is None:
+        for i in range(x.shape[0]):
+            d = widen(x[i]) - shift
+            total += d
+            squares += d * d
+    else:
+        count = rounded(0.0, x)
+        for i in range(x.shape[0]):
+            w = weights[i]
+            d = widen(x[i]) - shift if w > 0 else rounded(0.0, x)
+            count += w
+            total += w * d
+            squares += w * (d * d)
+    return count, total, squares
 
 
 @reduction
-def plain_sum(x):
-    """Sum over one piece in float64."""
+def plain_sums(x, weights):
+    """Count and sum over one piece in float64."""
+    count = np.float64(x.shape[0])
     total = 0.0
-    for i in range(x.shape[0]):
-        total += np.float64(x[i])
-    return total
+    if weights is None:
+        for i in range(x.shape[0]):
+            total += np.float64(widen(x[i]))
+    else:
+        count = 0.0
+        for i in range(x.shape[0]):
+            w = np.float64(weights[i])
+            count += w
+            total += w * np.float64(widen(x[i])) if w > 0 else 0.0
+    return count, total
 
 
 @reduction
-def central_sums(x, mean):
+def central_sums(x, weights, mean):
     """Sum of (x - mean) and of (x - mean)**2 over one piece in float64."""
-    total = 0.0
-    squares = 0.0
-    for i in range(x.shape[0]):
-        d = np.float64(x[i]) - mean
-        total += d
-        squares += d * d
+    total = squares = 0.0
+    if weights is None:
+        for i in range(x.shape[0]):
+            d = np.float64(widen(x[i])) - mean
+            total += d
+            squares += d * d
+    else:
+        for i in range(x.shape[0]):
+            w = np.float64(weights[i])
+            d = np.float64(widen(x[i])) - mean if w > 0 else 0.0
+            total += w * d
+            squares += w * (d * d)
     return total, squares
+
+
+@helper
+def part(values, first, end):
+    """Part of an optional array."""
+    return None if values is None else values[first:end]
 
 
 @helper
@@ -93,37 +138,42 @@ def corrected(mean, total, squares, n):
 
 
 @helper
-def tile_moments(x, first, stride, rows, n):
-    """Mean and m2 of ``rows`` segments of ``n`` neighbours, ``stride`` apart, in one pass of shifted sums."""
-    shift = nearby(x[first : first + n])
-    total = 0.0
-    squares = 0.0
+def tile_moments(x, weights, first, stride, rows, n):
+    """Count, mean and m2 of ``rows`` segments of ``n`` neighbours, ``stride`` apart, in one pass of shifted sums.
+
+    Weights are those of a single segment.
+    """
+    shift = nearby(x[first : first + n]) if weights is None else nearby_counted(x[first : first + n], weights)
+    count = total = squares = 0.0
     for r in range(rows):
         start = first + r * stride
         segment = x[start : start + n]
         for i in range(0, n, piece(x)):
-            a, b = shifted_sums(segment[i : min(i + piece(x), n)], shift)
+            stop = min(i + piece(x), n)
+            c, a, b = shifted_sums(segment[i:stop], part(weights, i, stop), shift)
+            count += c
             total += a
             squares += b
-    count = np.float64(rows * n)
+    if count == 0.0:
+        return 0.0, 0.0, 0.0
     m2 = squares - total * (total / count)
     if trusted(squares, m2, x.itemsize < 8):
-        return shift + total / count, m2
-    return careful_tile_moments(x, first, stride, rows, n)
+        return count, shift + total / count, m2
+    return careful_tile_moments(x, weights, first, stride, rows, n)
 
 
 @helper
-def line_moments(x, centered):
+def line_moments(x, weights, centered):
     """Count, mean and m2 of neighbours: their tiles merged in order; about zero if not centered."""
     n = mean = m2 = rest = 0.0
     for i in range(0, x.shape[0], TILE):
-        tile_n = min(TILE, x.shape[0] - i)
-        tile_mean, tile_m2 = 0.0, 0.0
+        end = min(i + TILE, x.shape[0])
+        tile_n, tile_mean, tile_m2 = np.float64(end - i), 0.0, 0.0
         if centered:
-            tile_mean, tile_m2 = tile_moments(x, i, 0, 1, tile_n)
+            tile_n, tile_mean, tile_m2 = tile_moments(x, part(weights, i, end), i, 0, 1, end - i)
         else:
-            tile_m2 = tile_squares(x[i : i + tile_n])
-        n, mean, m2, rest = accumulate(n, mean, m2, rest, np.float64(tile_n), tile_mean, tile_m2)
+            tile_m2 = tile_squares(x[i:end])
+        n, mean, m2, rest = accumulate(n, mean, m2, rest, tile_n, tile_mean, tile_m2)
     return n, mean, settled(m2, rest)
 
 
@@ -132,29 +182,44 @@ def tile_squares(x):
     """Sum of squares of a tile."""
     total = 0.0
     for i in range(0, x.shape[0], piece(x)):
-        total += shifted_sums(x[i : min(i + piece(x), x.shape[0])], x.dtype.type(0))[1]
+        total += shifted_sums(x[i : min(i + piece(x), x.shape[0])], None, rounded(0.0, x))[2]
     if trusted(total, total, x.itemsize < 8):
         return total
-    return central_sums(x, 0.0)[1]
+    return central_sums(x, None, 0.0)[1]
 
 
 @helper
-def careful_tile_moments(x, first, stride, rows, n):
-    """Mean and m2 of a tile in two float64 passes: any finite float32, NaN and Inf."""
-    total = 0.0
+def careful_tile_moments(x, weights, first, stride, rows, n):
+    """Count, mean and m2 of a tile in two float64 passes: any finite float32, NaN and Inf."""
+    count = total = 0.0
     for r in range(rows):
         start = first + r * stride
-        total += plain_sum(x[start : start + n])
-    count = np.float64(rows * n)
+        c, a = plain_sums(x[start : start + n], weights)
+        count += c
+        total += a
     mean = total / count
     total = squares = rest = 0.0
     for r in range(rows):
         start = first + r * stride
-        for i in range(start, start + n, WIDE_PIECE):
-            a, b = central_sums(x[i : min(i + WIDE_PIECE, start + n)], mean)
+        for i in range(0, n, WIDE_PIECE):
+            end = min(i + WIDE_PIECE, n)
+            a, b = central_sums(x[start + i : start + end], part(weights, i, end), mean)
             total += a
             squares, rest = add(squares, rest, b)
-    return corrected(mean, total, settled(squares, rest), count)
+    mean, m2 = corrected(mean, total, settled(squares, rest), count)
+    return count, mean, m2
+
+
+@helper
+def mask_row(weights, slot, period):
+    """Weights of a slot's positions, shared by the slots of a sample."""
+    return None if weights is None else weights[slot // period]
+
+
+@helper
+def slot_count(count, counts, slot, period):
+    """Number of values that count in a slot: the same in all, or one for each row of the mask."""
+    return count if counts is None else counts[slot // period]
 
 
 @helper

@@ -1,0 +1,189 @@
+"""What the forward calls of all norms share: checked arguments, and where x, y and the options lie in memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nbnorm import _activation, _checks, _layout, _masks
+from nbnorm._dispatch import backend
+from nbnorm._layout import Planner
+from nbnorm._options import Epilogue, Mask
+from nbnorm._view import View, batch_view, group_view, trailing_view
+from nbnorm.saved import Saved
+
+Array = np.ndarray
+Activation = str | tuple[str, float] | None
+
+
+class Call(NamedTuple):
+    """Checked arguments of a forward call; ``x`` is laid out for ``view``, ``source`` is what came."""
+
+    operation: str
+    source: Array
+    x: Array
+    view: View
+    order: tuple[int, ...] | None  # memory order of the results where it is not that of x
+    epilogue: Epilogue
+    with_residual: bool
+    mask: Mask | None
+    eps: float
+    out: Array | None
+
+
+class Options(NamedTuple):
+    """Options of a forward call as they came."""
+
+    activation: Any = None
+    residual: Any = None
+    mask: Any = None
+
+
+PLAIN = Options()
+
+
+def batch_call(
+    operation: str, x: Any, weight: Any, bias: Any, eps: Any, channel_axis: Any, out: Any,
+    options: Options = PLAIN, num_features: int | None = None,
+) -> Call:  # fmt: skip
+    """Check and plan a call of batch norm; a layer knows its number of channels."""
+    source = _checks.array("x", x)
+    _checks.at_least_2d(operation, source)
+    axis = _checks.axis("channel_axis", channel_axis, source.ndim)
+    if num_features is not None:
+        _checks.channels(operation, source, axis, num_features)
+    weight = _checks.parameter("weight", weight, axis, source.shape)
+    bias = _checks.parameter("bias", bias, axis, source.shape)
+    planner = partial(batch_view, channel_axis=axis, masked=options.mask is not None)
+    return _call(operation, source, planner, (), axis, 1 if axis == 0 else 0, weight, bias, eps, out, options)
+
+
+def group_call(
+    operation: str, x: Any, groups: int | None, weight: Any, bias: Any, eps: Any, channel_axis: Any, out: Any,
+    options: Options = PLAIN,
+) -> tuple[Call, tuple[int, int]]:  # fmt: skip
+    """Check and plan a call of group norm, or of instance norm without ``groups``; also the shape of its means."""
+    source = _checks.array("x", x)
+    _checks.at_least_2d(operation, source)
+    axis = _checks.axis("channel_axis", channel_axis, source.ndim)
+    weight = _checks.parameter("weight", weight, axis, source.shape)
+    bias = _checks.parameter("bias", bias, axis, source.shape)
+    channels = source.shape[axis]
+    groups = channels if groups is None else _checks.num_groups(groups, channels)
+    sample_axis = 1 if axis == 0 else 0
+    order = [sample_axis, axis, *(i for i in range(source.ndim) if i not in (sample_axis, axis))]
+    planner = partial(
+        group_view,
+        channel_axis=axis,
+        num_groups=groups,
+        plain=not any(given is not None for given in options),
+    )
+    call = _call(operation, source, planner, order, axis, sample_axis, weight, bias, eps, out, options)
+    return call, (source.shape[sample_axis], groups)
+
+
+def trailing_call(
+    operation: str, x: Any, axis: Any, weight: Any, bias: Any, eps: Any, out: Any
+) -> tuple[Call, tuple[int, ...]]:
+    """Check and plan a call over trailing axes; also the shape of its means."""
+    source = _checks.array("x", x)
+    split = _checks.trailing_axes(operation, axis, source.ndim)
+    normalized = source.shape[split:]
+    weight = _checks.normalized_parameter("weight", weight, normalized, source.shape)
+    bias = _checks.normalized_parameter("bias", bias, normalized, source.shape)
+    planner = partial(trailing_view, normalized=len(normalized))
+    call = _call(operation, source, planner, range(source.ndim), -1, -1, weight, bias, eps, out, PLAIN)
+    return call, source.shape[:split]
+
+
+def _call(
+    operation: str, source: Array, planner: Planner, order: Sequence[int], channel_axis: int, sample_axis: int,
+    weight: Array | None, bias: Array | None, eps: Any, out: Any, options: Options,
+) -> Call:  # fmt: skip
+    """Check what all norms take, and lay everything out for the view of x."""
+    eps = _checks.eps(eps)
+    activation = _checks.activation(options.activation)
+    residual = options.residual
+    if residual is not None:
+        residual = _checks.array("residual", residual)
+        _checks.shape("residual", residual, source.shape)
+        _checks.dtype("residual", residual, source.dtype)
+    if out is not None:
+        _checks.out("out", out, source.shape, source.dtype)
+        _checks.disjoint_from_parameters("out", out, weight, bias)
+        if activation is not None:
+            reason = ", which backward needs for the activation"
+            _checks.disjoint("out", out, [("residual", residual)], reason)
+    weights = None if options.mask is None else _masks.check(options.mask, source.shape, channel_axis)
+    x, view, results = _layout.plan(source, planner, order)
+    mask = None
+    if weights is not None:
+        mask = _masks.arrange(weights, x, view, channel_axis)
+        x = _masks.without_uncounted(x, mask, sample_axis)
+    with_residual = residual is not None
+    if residual is not None:
+        residual = _layout.arrange(residual, x)
+    marker = activation and _activation.marker(*activation, source.itemsize == 8)
+    epilogue = Epilogue(weight, bias, residual, marker)
+    return Call(operation, source, x, view, results, epilogue, with_residual, mask, eps, out)
+
+
+def keep_x(call: Call) -> None:
+    """Refuse to write over what backward needs."""
+    if call.out is not None:
+        _checks.disjoint("out", call.out, [("x", call.source)], ", which backward needs")
+
+
+def forward(call: Call, centered: bool = True) -> tuple[Array, Array | None, Array, Array]:
+    """Normalize x by its own statistics; return y, mean, m2 and rstd."""
+    target, work = _room(call)
+    mean, m2, rstd = backend(call.x).forward(
+        call.view, call.x, work, call.epilogue, call.eps, centered, call.mask
+    )
+    return _layout.deliver(work, target), mean, m2, rstd
+
+
+def apply(call: Call, mean: Array, rstd: Array) -> Array:
+    """Normalize x by given statistics."""
+    target, work = _room(call)
+    backend(call.x).apply(call.view, call.x, work, mean, rstd, call.epilogue)
+    return _layout.deliver(work, target)
+
+
+def _room(call: Call) -> tuple[Array, Array]:
+    """Return the result, and where kernels may write it."""
+    target = call.out
+    if target is None:
+        target = np.empty_like(call.source, subok=False)
+    residual = call.epilogue.residual
+    inputs = (call.x,) if residual is None else (call.x, residual)
+    return target, _layout.workspace(target, call.x, *inputs)
+
+
+def normalize(
+    norm: str, call: Call, statistics: tuple[int, ...], centered: bool = True
+) -> tuple[Array, Saved]:
+    """Run a forward call whose every sample has statistics of its own, of the shape ``statistics``."""
+    keep_x(call)
+    y, mean, m2, rstd = forward(call, centered)
+    if call.eps == 0.0 and call.view.size and not m2.all():
+        warnings.warn(f"invalid value encountered in {call.operation}", RuntimeWarning, stacklevel=4)
+    count = np.float64(call.view.values) if call.mask is None else call.mask.counts[:, np.newaxis]
+    mean = None if mean is None else mean.reshape(statistics)
+    return y, save(call, norm, mean, rstd.reshape(statistics), count, None)
+
+
+def save(
+    call: Call, norm: str, mean: Array | None, rstd: Array, count: Any, m2: Array | None, constant: bool = False,
+    **more: Any,
+) -> Saved:  # fmt: skip
+    """Gather what backward needs; a residual is read again only below an activation."""
+    weight, bias, residual, activation = call.epilogue
+    return Saved(
+        norm, call.x, weight, bias, mean, rstd, count, m2, constant, call.view, call.order,
+        None if activation is None else residual, call.with_residual, activation, call.mask, **more,
+    )  # fmt: skip

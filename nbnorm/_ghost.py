@@ -1,0 +1,92 @@
+"""Ghost batch norm: virtual batches of consecutive samples, each normalized by its own statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from nbnorm import _batch, _call, _checks, _masks, running
+from nbnorm._batch import Training
+from nbnorm._call import Call, Options
+from nbnorm._dispatch import backend
+from nbnorm.moments import Moments
+from nbnorm.running import Pair
+from nbnorm.saved import Saved
+
+Array = np.ndarray
+Slices = list[tuple[slice, ...]]
+
+
+def slices(x_shape: tuple[int, ...], channel_axis: int, size: int) -> Slices:
+    """Return where each virtual batch lies: ``size`` samples, fewer in the last one."""
+    sample_axis = 1 if channel_axis == 0 else 0
+    before = (slice(None),) * sample_axis
+    samples = x_shape[sample_axis]
+    return [(*before, slice(start, start + size)) for start in range(0, max(samples, 1), size)]
+
+
+def forward_training(
+    call: Call, size: int | None, channel_axis: int, options: Options, running_mean: Any, running_var: Any,
+    settings: Training,
+) -> tuple[Array, Saved, int | None]:  # fmt: skip
+    """Normalize each virtual batch of ``size``, or the batch; its moments enter the running statistics once."""
+    if size is None:
+        return _batch.forward_training(call, running_mean, running_var, settings)
+    axis = _checks.axis("channel_axis", channel_axis, call.source.ndim)
+    pair = _batch.running_pair(call, running_mean, running_var)
+    y = np.empty_like(call.source, subok=False) if call.out is None else call.out
+    where = slices(call.source.shape, axis, size)
+    calls = list(_parts(call, where, axis, options, y))
+    for part in calls:
+        _batch.single(part, settings)
+    if settings.rule.nonfinite == "raise":
+        mean, m2 = backend(call.x).moments(call.view, call.x, True, call.mask)
+        var = running.batch_var(_batch.count_of(call), m2, settings.rule.ddof)
+        running.require_finite(pair, mean, var, settings.rule)
+        settings = settings._replace(rule=settings.rule._replace(nonfinite="propagate"))
+    parts = tuple(_normalize(part, pair, settings) for part in calls)
+    saved = _call.save(
+        call, "batch_norm", np.stack([np.asarray(part.mean) for part in parts]), np.stack([part.rstd for part in parts]),
+        _batch.count_of(call), None, False, parts=parts,
+        places=tuple(where), whole=_moments(calls, parts),
+    )  # fmt: skip
+    return y, saved, _batch.track(saved, pair, settings.rule)
+
+
+def _normalize(call: Call, pair: Pair | None, settings: Training) -> Saved:
+    """Normalize one virtual batch; one with a single value by the running statistics if that is wanted."""
+    alone = settings.small_batch == "running" and _masks.single(call.mask, call.view)
+    if alone and call.view.size:
+        if pair is None:
+            raise ValueError("running_mean and running_var are required when small_batch='running'")
+        return _batch.forward_by_constants(call, *pair)[1]
+    return _batch.normalize_batch(call, pair, settings)[1]
+
+
+def _moments(calls: list[Call], parts: tuple[Saved, ...]) -> Moments:
+    """Merge the moments of all virtual batches; one normalized by constants has but one value."""
+    whole = Moments.empty(parts[0].rstd.size)
+    for call, part in zip(calls, parts, strict=True):
+        own = part.moments
+        if own is None:
+            own = Moments(1.0, *backend(call.x).moments(call.view, call.x, True, call.mask))
+        whole = whole.merge(own)
+    return whole
+
+
+def _parts(call: Call, where: Slices, axis: int, options: Options, y: Array) -> Iterator[Call]:
+    """Plan a call for each virtual batch."""
+    mask = None
+    if options.mask is not None:
+        mask = _checks.mask(options.mask, tuple(n for i, n in enumerate(call.source.shape) if i != axis))
+    residual = None if options.residual is None else _checks.array("residual", options.residual)
+    for part in where:
+        own = Options(
+            options.activation,
+            None if residual is None else residual[part],
+            None if mask is None else mask[part[-1]],
+        )
+        weight, bias = call.epilogue.weight, call.epilogue.bias
+        yield _call.batch_call(call.operation, call.source[part], weight, bias, call.eps, axis, y[part], own)
