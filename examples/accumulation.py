@@ -1,9 +1,9 @@
 """Can a batch be cut into parts and still be normalized as one?
 =============================================================
 
-A batch that does not fit in memory is cut into micro-batches, whose gradients are added up. With dense layers that gives
-the gradient of the whole batch; with batch norm it does not, for each micro-batch is normalized by its own
-mean and variance. The same happens when a batch is spread over several processes.
+A batch that does not fit in memory is cut into micro-batches, whose gradients are added up. With dense
+layers that gives the gradient of the whole batch; with batch norm it does not, for each micro-batch is
+normalized by its own mean and variance. The same happens when a batch is spread over several processes.
 
 nbnorm has batch norm in two phases, between which the parts exchange two vectors per direction:
 
@@ -15,13 +15,15 @@ nbnorm has batch norm in two phases, between which the parts exchange two vector
     sums = nbnorm.batch_norm_grad_sums(dy_a, saved_a).merge(nbnorm.batch_norm_grad_sums(dy_b, saved_b))
     dx_a = nbnorm.batch_norm_input_grad(dy_a, saved_a, sums)
 
-The parts have to walk through the network side by side, layer by layer. So this saves the memory of the temporary
-arrays within the layers (the windows of a convolution, say), not that of the activations that backward needs.
+The parts have to walk through the network side by side, layer by layer. So this saves the memory of the
+temporary arrays within the layers (the windows of a convolution, say), not that of the activations that
+backward needs.
 
-**What to look at.** Left: the gradient of a batch of 256 digits, cut into parts of 2 to 64. In two phases it is that of the
-whole batch to the last digits, for any size of the parts. With statistics of their own it is another
-gradient, and for parts of 2 it has little to do with the right one. Right: what comes of training with each. It is less
-dramatic than the gradients let one expect: parts of 8 already train well, only parts of 2 do not.
+**What to look at.** Left: the gradient of a batch of 256 digits, cut into parts of 2 to 64. In two phases
+it is that of the whole batch to the last digits, for any size of the parts. With statistics of their own it
+is another gradient, and for parts of 2 it has little to do with the right one. Right: what comes of
+training with each. It is less dramatic than the gradients let one expect: parts of 8 already train well,
+only parts of 2 do not.
 """
 
 from __future__ import annotations

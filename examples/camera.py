@@ -1,17 +1,18 @@
 """What does batch norm cost in a camera's latency, and what is left of it after folding?
 ======================================================================================
 
-A car that looks at the road has to answer frame by frame, and in inference batch norm is nothing but a scale and a shift per
-channel with fixed statistics. A scale and a shift can be moved into the convolution in front:
-`nbnorm.fold_batch_norm` returns its new weight and bias, and the normalization is gone.
+A car that looks at the road has to answer frame by frame, and in inference batch norm is nothing but a
+scale and a shift per channel with fixed statistics. A scale and a shift can be moved into the convolution
+in front: `nbnorm.fold_batch_norm` returns its new weight and bias, and the normalization is gone.
 
-Two photographs that come with scikit-learn, 427 x 640 pixels, stand for the camera. The network takes edges and
-colors out of the frame by a convolution of 3 x 3 from 3 to 16 channels, with batch norm and relu. Its running
-statistics are those of the first photograph; the frames come from the second one.
+Two photographs that come with scikit-learn, 427 x 640 pixels, stand for the camera. The network takes edges
+and colors out of the frame by a convolution of 3 x 3 from 3 to 16 channels, with batch norm and relu. Its
+running statistics are those of the first photograph; the frames come from the second one.
 
-**What to look at.** Both networks show the same picture, up to the rounding of float32, and the folded one takes less time: it saves the whole of
-the normalization, one reading and one writing of the feature maps per frame. How much that is of the whole depends on the
-convolution; the one here is written in plain NumPy, and the faster yours is, the more folding saves.
+**What to look at.** Both networks show the same picture, up to the rounding of float32, and the folded one
+takes less time: it saves the whole of the normalization, one reading and one writing of the feature maps
+per frame. How much that is of the whole depends on the convolution; the one here is written in plain NumPy,
+and the faster yours is, the more folding saves.
 """
 
 from __future__ import annotations
@@ -84,20 +85,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     print(f"largest difference of the feature maps: {difference:.1e} (values up to {y.max():.1f})")
     for name, ms in zip(("convolution, batch norm", "folded convolution"), times, strict=True):
         median, worst = np.median(ms), np.percentile(ms, 95)
-        print(
-            f"{name:24} median {median:6.1f} ms   95th percentile {worst:6.1f} ms   {1e3 / median:5.1f} frames per second"
-        )
+        rate = f"{1e3 / median:5.1f} frames per second"
+        print(f"{name:24} median {median:6.1f} ms   95th percentile {worst:6.1f} ms   {rate}")
     saved = np.median(times[0]) - np.median(times[1])
     print(f"folding saves {saved:.1f} ms of {np.median(times[0]):.1f} ms per frame")
 
-    figure, (frame_axes, map_axes, axes) = panels(
-        "One frame, with batch norm and with batch norm folded in", 3, height=2.9
-    )
+    title = "A camera frame, with batch norm and with batch norm folded in"
+    figure, (frame_axes, map_axes, axes) = panels(title, 3, width=3.7, height=2.8)
     channel = int(y.std(axis=(0, 2, 3)).argmax())
     frame_axes.imshow(photo[0].transpose(1, 2, 0))
-    map_axes.imshow(y_folded[0, channel], cmap="gray")
+    map_axes.imshow(y_folded[0, channel], cmap="gray", vmax=np.percentile(y_folded[0, channel], 98))
     frame_axes.set_title("frame")
-    map_axes.set_title(f"channel {channel}, folded\n(the other one differs by {difference:.0e})", fontsize=9)
+    map_axes.set_title(f"channel {channel} of both networks", fontsize=12)
     for panel in (frame_axes, map_axes):
         panel.axis("off")
     limit = np.percentile(times, 97)

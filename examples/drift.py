@@ -3,17 +3,17 @@
 
 Each layer learns from the outputs of the layer below, which learns too: its input drifts while it tries to
 fit it. Ioffe and Szegedy (2015) called this *internal covariate shift* and proposed batch norm as the cure.
-This is their figure, drawn for the digits: the distribution of what arrives at one unit in the last hidden layer, just
-before the relu, after each step of training.
+This is their figure, drawn for the digits: the distribution of what arrives at one unit in the last hidden
+layer, just before the relu, after each step of training.
 
-Two networks of three hidden layers learn from the same weights and batches with the same gradient descent. The lines
-are the 15th, 50th and 85th percentile over the images held out, as in the paper.
+Two networks of three hidden layers learn from the same weights and batches with the same gradient descent.
+The lines are the 15th, 50th and 85th percentile over the images held out, as in the paper.
 
-**What to look at.** In the plain network the percentiles wander by more than twice their distance; with batch norm they stay
-where they are, because mean and variance are taken out and only ``bias`` and ``weight``, which learn slowly,
-can bring them back. That much is certain, for it is what batch norm does. That it is the *reason* why batch norm
-helps is doubtful: Santurkar et al. (2018) put the drift back behind batch norm, and the network still learned as
-fast. The two networks here end less than a point apart.
+**What to look at.** In the plain network the percentiles wander by more than twice their distance; with
+batch norm they stay where they are, because mean and variance are taken out and only ``bias`` and
+``weight``, which learn slowly, can bring them back. That much is certain, for it is what batch norm does.
+That it is the *reason* why batch norm helps is doubtful: Santurkar et al. (2018) put the drift back behind
+batch norm, and the network still learned as fast. The two networks here end less than a point apart.
 """
 
 from __future__ import annotations
@@ -56,10 +56,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     results = {}
     for name in ("plain", "batch norm"):
         rng = np.random.default_rng(0)
-        network, history = make_network(name == "batch norm", rng), []
+        network = make_network(name == "batch norm", rng)
         steps = {"epochs": options.epochs, "batch_size": 60, "learning_rate": 0.05, "rng": rng}
-        for _ in fit(network, SGD(network.layers), x, labels, **steps):
-            history.append(np.percentile(before_last_relu(network, x_test), PERCENTILES, axis=0))
+        history = [
+            np.percentile(before_last_relu(network, x_test), PERCENTILES, axis=0)
+            for _ in fit(network, SGD(network.layers), x, labels, **steps)
+        ]
         results[name] = np.array(history)
         # How far the median of a unit wanders, in units of the spread that it started with.
         low, median, high = np.moveaxis(results[name], 1, 0)

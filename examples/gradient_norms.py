@@ -1,21 +1,22 @@
 """What happens to the gradient on its way through twenty layers?
 ==============================================================
 
-In a deep network the gradient is multiplied by a matrix at each layer on its way back. If each matrix shrinks it a
-little, the first layers get next to nothing; if each enlarges it a little, they get far too much. Batch norm rescales
-at each layer, so the gradient should arrive everywhere at the same size.
+In a deep network the gradient is multiplied by a matrix at each layer on its way back. If each matrix
+shrinks it a little, the first layers get next to nothing; if each enlarges it a little, they get far too
+much. Batch norm rescales at each layer, so the gradient should arrive everywhere at the same size.
 
-The networks have 20 hidden layers of 100 relu units. Their weights are drawn at half, equal to and twice the
-standard deviation of He et al. (2015). The picture shows, before any training, the norm of the gradient of the loss by
-the output of each layer's matrix product; the last hidden layer counts as 1.
+The networks have 20 hidden layers of 100 relu units. Their weights are drawn at half, equal to and twice
+the standard deviation of He et al. (2015). The picture shows, before any training, the norm of the gradient
+of the loss by the output of each layer's matrix product; the last hidden layer counts as 1.
 
-**What to look at.** Without normalization a scale that is off by two halves or doubles the gradient at every
-layer: half a million-fold over all of them. With batch norm the three panels are the same, for the scale cancels between one
-layer's matrix and the next layer's division. But flat is not what batch norm makes it: towards the
-first layers the gradient *grows*, by about a fifth at every layer (and once more at the first one, whose inputs are
-pixels and smaller than what batch norm hands on). That is known (Yang et al. 2019, "A mean field
-theory of batch normalization"), and the plain network with He's weights, in the middle, has the flatter line.
-Deep networks with batch norm have residual connections besides, which tame it.
+**What to look at.** Without normalization a scale that is off by two halves or doubles the gradient at
+every layer: half a million-fold over all of them. With batch norm the three panels are the same, for the
+scale cancels between one layer's matrix and the next layer's division. But flat is not what batch norm
+makes it: towards the first layers the gradient *grows*, by about a fifth at every layer (and once more at
+the first one, whose inputs are pixels and smaller than what batch norm hands on). That is known (Yang et
+al. 2019, "A mean field theory of batch normalization"), and the plain network with He's weights, in the
+middle, has the flatter line. Deep networks with batch norm have residual connections besides, which tame
+it.
 """
 
 from __future__ import annotations

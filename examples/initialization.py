@@ -6,14 +6,15 @@ signal fades from layer to layer, and if they are too large it explodes; either 
 learn from. He et al. (2015) give the standard deviation that keeps the signal of a relu network: sqrt(2 /
 inputs).
 
-Batch norm divides the scale out again, so it should matter little. Here networks with three hidden
-layers learn to read the digits, from weights that are 0.01 to 30 times as large as He's, with and
-without batch norm: same batches, same gradient descent with momentum.
+Batch norm divides the scale out again, so it should matter little. Here networks with three hidden layers
+learn to read the digits, from weights that are 0.01 to 30 times as large as He's, with and without batch
+norm: same batches, same gradient descent with momentum.
 
-**What to look at.** The plain network learns in a window around 1 and nowhere else. With batch norm every network learns
-most of the task, over a range of more than 1 to 1000. It is best near He's scale all the same, for a reason that
-the formula shows: where y does not depend on the scale of the weights, the gradient is *divided* by it. One and the same learning
-rate throws small weights about and hardly turns large ones. "Less sensitive", then, and not "insensitive".
+**What to look at.** The plain network learns in a window around 1 and nowhere else. With batch norm every
+network learns most of the task, over a range of more than 1 to 1000. It is best near He's scale all the
+same, for a reason that the formula shows: where y does not depend on the scale of the weights, the gradient
+is *divided* by it. One and the same learning rate throws small weights about and hardly turns large ones.
+"Less sensitive", then, and not "insensitive".
 """
 
 from __future__ import annotations

@@ -221,6 +221,32 @@ class Norm(Parameters):
         return self._backward(dy, self.saved, out=(None, *self.grads.values()))[0]
 
 
+class BatchNorm(Parameters):
+    """Batch norm as a layer with every option of `nbnorm.batch_norm_forward`: activation, renorm, and so on."""
+
+    def __init__(self, num_features: int, **options: object) -> None:
+        super().__init__(weight=np.ones(num_features), bias=np.zeros(num_features))
+        self.running = np.zeros(num_features, np.float32), np.ones(num_features, np.float32)
+        self.training, self.options = True, options
+
+    def __call__(self, x: np.ndarray, **options: object) -> np.ndarray:
+        """Normalize by the batch or, in eval mode, by the running statistics."""
+        options = {**self.options, **options, "training": self.training}
+        y, self.saved = nbnorm.batch_norm_forward(x, *self.params.values(), *self.running, **options)
+        return y
+
+    def backward(self, dy: np.ndarray) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Return dx, with a residual also its gradient."""
+        dx, self.grads["weight"][:], self.grads["bias"][:], *dresidual = nbnorm.batch_norm_backward(
+            dy, self.saved
+        )
+        return (dx, *dresidual) if dresidual else dx
+
+    def train(self, mode: bool = True) -> None:
+        """Use the statistics of the batch, or not."""
+        self.training = mode
+
+
 class Network:
     """Layers in a row; the softmax at the end is part of the loss."""
 
@@ -242,7 +268,7 @@ class Network:
     def train(self, mode: bool = True) -> None:
         """Let batch norm use the statistics of each mini-batch."""
         for layer in self.layers:
-            if isinstance(layer, nbnorm.BatchNorm):
+            if isinstance(layer, (BatchNorm, nbnorm.BatchNorm)):
                 layer.train(mode)
 
     def eval(self) -> None:

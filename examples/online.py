@@ -1,22 +1,25 @@
 """Can batch norm learn from one sample at a time?
 ===============================================
 
-A robot, a sensor or a stream of clicks delivers one sample after the other. One sample has no variance, so batch norm in training
-refuses it, and rightly: normalized by itself every sample becomes ``bias``. There are three ways out:
+A robot, a sensor or a stream of clicks delivers one sample after the other. One sample has no variance, so
+batch norm in training refuses it, and rightly: normalized by itself every sample becomes ``bias``. There
+are three ways out:
 
-* ``small_batch="running"``: normalize by the running statistics, and let each sample move these a little. Backward
-  takes them as constants. The momentum has to be small, for a single sample tells little: 0.01 here.
+* ``small_batch="running"``: normalize by the running statistics, and let each sample move these a little.
+  Backward takes them as constants. The momentum has to be small, for a single sample tells little: 0.01
+  here.
 * A norm that needs no batch: layer norm takes its statistics over the features of the sample.
 * No normalization.
 
-The stream are the digits, each image once, in random order; after the first half the camera changes: the images
-turn dark and low in contrast. Each image is read before the network learns from it, so the accuracy shown is that
-on new images at each time.
+The stream are the digits, each image once, in random order; after the first half the camera changes: the
+images turn dark and low in contrast. Each image is read before the network learns from it, so the accuracy
+shown is that on new images at each time.
 
-**What to look at.** The running statistics do their job: the network with batch norm learns from single samples, and faster than
-the other two. When the camera changes it pays for that: its statistics are those of the old camera, half of the
-images are misread, and about 1 / momentum samples pass before the statistics have followed. Layer norm hardly notices the
-change, for it takes brightness and contrast out of each image by itself. If your stream has such jumps, try it first.
+**What to look at.** The running statistics do their job: the network with batch norm learns from single
+samples, and faster than the other two. When the camera changes it pays for that: its statistics are those
+of the old camera, half of the images are misread, and about 1 / momentum samples pass before the statistics
+have followed. Layer norm hardly notices the change, for it takes brightness and contrast out of each image
+by itself. If your stream has such jumps, try it first.
 """
 
 from __future__ import annotations
@@ -28,7 +31,19 @@ import numpy as np
 
 import nbnorm
 from networks import (
-    BLUE, GREEN, ORANGE, SGD, Dense, Network, Norm, ReLU, cross_entropy, digits, panels, parse, save,
+    BLUE,
+    GREEN,
+    ORANGE,
+    SGD,
+    Dense,
+    Network,
+    Norm,
+    ReLU,
+    cross_entropy,
+    digits,
+    panels,
+    parse,
+    save,
 )  # fmt: skip
 
 SIZES = (64, 100, 100)

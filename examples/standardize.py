@@ -1,12 +1,13 @@
 """How do I standardize a data set that I read in pieces?
 ======================================================
 
-Standardizing needs the mean and the standard deviation of each feature, and a data set that is read in pieces has neither until
-the end. The formula of many scripts adds up x and x squared, piece by piece, and takes mean(x²) - mean(x)². It
-fails quietly where a mean is large beside its standard deviation: times, temperatures in kelvin, coordinates, prices.
+Standardizing needs the mean and the standard deviation of each feature, and a data set that is read in
+pieces has neither until the end. The formula of many scripts adds up x and x squared, piece by piece, and
+takes mean(x²) - mean(x)². It fails quietly where a mean is large beside its standard deviation: times,
+temperatures in kelvin, coordinates, prices.
 
-`nbnorm.batch_moments` gives count, mean and squared deviations of a piece, and `Moments.merge` makes the moments of
-all of them, in any order and for pieces of any size:
+`nbnorm.batch_moments` gives count, mean and squared deviations of a piece, and `Moments.merge` makes the
+moments of all of them, in any order and for pieces of any size:
 
 .. code-block:: python
 
@@ -17,13 +18,14 @@ all of them, in any order and for pieces of any size:
 
 ``m.to_dict()`` goes into a file or to another process.
 
-The data are the 30 measurements of 569 tumors that come with scikit-learn, in pieces of 50. To get the whole range of
-difficulties, each feature is also shifted by up to ten million of its standard deviations, as if it were
-measured from a distant origin, and rounded to float32, as in a file. The truth is computed from the same rounded numbers in extended
-precision.
+The data are the 30 measurements of 569 tumors that come with scikit-learn, in pieces of 50. To get the
+whole range of difficulties, each feature is also shifted by up to ten million of its standard deviations,
+as if it were measured from a distant origin, and rounded to float32, as in a file. The truth is computed
+from the same rounded numbers in extended precision.
 
-**What to look at.** Sums of squares in float32 have lost all digits as soon as the mean is a thousand times the
-deviation; in float64 they last for longer and fail as well. Merged moments stay right over the whole range.
+**What to look at.** Sums of squares in float32 have lost all digits as soon as the mean is a thousand times
+the deviation; in float64 they last for longer and fail as well. Merged moments stay right over the whole
+range.
 """
 
 from __future__ import annotations
@@ -110,10 +112,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     axes.axhline(1e-2, color="0.6", linewidth=1, linestyle=":")
     axes.text(SHIFTS[0], 1.4e-2, "one per cent", color="0.4", fontsize=8)
     axes.set(
-        xscale="log", yscale="log", ylim=(1e-17, 1e3), ylabel="relative error\n(line: worst of 30 features)"
+        xscale="log", yscale="log", ylim=(1e-17, 1e7), ylabel="relative error\n(line: worst of 30 features)"
     )
     axes.set_xlabel("mean / standard deviation")
-    axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.4))
+    axes.legend(frameon=False, loc="upper left")
     save(figure, options.output)
     return results
 

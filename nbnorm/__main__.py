@@ -11,7 +11,7 @@ from math import prod
 
 import numba
 
-from nbnorm import _bench, _catalogue, _checks, _tables, tools
+from nbnorm import _bench, _catalogue, _tables, tools
 
 DESCRIPTION = """\
 Normalization of NumPy arrays, forward and backward.
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except KeyboardInterrupt:
         return 130
-    except (ArithmeticError, OSError, TypeError, ValueError) as error:
+    except (ArithmeticError, ImportError, OSError, TypeError, ValueError) as error:
         print(f"nbnorm {options.command}: {error}", file=sys.stderr)
         return 1
 
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     warmup.add_argument(
         "--norms", nargs="+", default=["batch_norm"], choices=_catalogue.NORMS, metavar="NORM"
     )
-    types = [dtype.name for dtype in _checks.SUPPORTED]
+    types = ["float16", "bfloat16", "float32", "float64"]
     warmup.add_argument("--dtypes", nargs="+", default=["float32"], choices=types, metavar="DTYPE")
     layouts = _catalogue.LAYOUTS
     warmup.add_argument("--layouts", nargs="+", default=list(layouts), choices=layouts, metavar="LAYOUT")

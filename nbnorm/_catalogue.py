@@ -28,7 +28,8 @@ class Norm:
     def parameters(self, x: np.ndarray, channel_axis: int) -> tuple[np.ndarray, ...]:
         """Return a weight of ones and, where the norm has one, a bias of zeros."""
         size = x.shape[channel_axis if self.by_channel else -1]
-        ones, zeros = np.ones(size, x.dtype), np.zeros(size, x.dtype)
+        dtype = np.float64 if x.dtype == np.float64 else np.float32
+        ones, zeros = np.ones(size, dtype), np.zeros(size, dtype)
         return (ones, zeros) if self.with_bias else (ones,)
 
     def forward(

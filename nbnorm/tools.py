@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import sys
@@ -174,6 +175,8 @@ def warmup(
     ------
     TypeError, ValueError
         If an argument does not fit.
+    ModuleNotFoundError
+        For bfloat16 where ml_dtypes is not installed.
 
     Examples
     --------
@@ -202,7 +205,7 @@ def _steps(
 ) -> list[tuple[str, Callable[[], None]]]:
     """Name and call of every step; all arguments are checked before the first."""
     chosen = [NORMS[_checks.choice("norms", name, NORMS)] for name in names]
-    types = [_checks.parameter_dtype(dtype) for dtype in dtypes]
+    types = [_dtype(dtype) for dtype in dtypes]
     layouts = [_checks.choice("layouts", layout, LAYOUTS) for layout in layouts]
     shapes = _usual_shapes(numba.get_num_threads()) if shapes is None else [tuple(shape) for shape in shapes]
     steps: list[tuple[str, Callable[[], None]]] = []
@@ -214,6 +217,14 @@ def _steps(
             call = partial(_run, norm, dtype, shape, layout == "channels_last", options)
             steps.append((label, call))
     return steps
+
+
+def _dtype(value: Any) -> np.dtype[Any]:
+    """Return the dtype of arrays; the name of bfloat16 means nothing to NumPy alone."""
+    named_only = isinstance(value, str) and value == "bfloat16"
+    dtype: np.dtype[Any] = np.dtype(importlib.import_module("ml_dtypes").bfloat16 if named_only else value)
+    _checks.array("dtypes", np.zeros(1, dtype))
+    return dtype
 
 
 def _usual_shapes(threads: int) -> list[tuple[int, ...]]:
@@ -234,7 +245,7 @@ def _run(
     x = rng.standard_normal(axes).astype(dtype)
     parameters = norm.parameters(x, channel_axis)
     if norm.name == "batch_norm":
-        running = np.zeros(shape[1], dtype), np.ones(shape[1], dtype)
+        running = np.zeros_like(parameters[0]), np.ones_like(parameters[0])
         functional.batch_norm_inference(x, *running, *parameters, channel_axis=channel_axis)
         parameters += running
     y, saved = norm.forward(x, *parameters, channel_axis=channel_axis, **options)
