@@ -9,7 +9,9 @@ images, 1024 features) and a convolutional one (32 images, 16 channels of 16 x 1
 Each is measured with a relu of its own behind batch norm, and with ``activation="relu"``, which does both
 in one pass.
 
-**What to look at.** WHAT
+**What to look at.** In the small network half of the step goes into batch norm: that is the price of calls, some tens of
+microseconds each, which hardly depends on the size. In the others it is a few per cent, for matrix products in plain
+NumPy take long. Fusing saves the relu a pass forward and a pass backward; of a small network that is nothing.
 """
 
 from __future__ import annotations
