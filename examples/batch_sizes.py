@@ -28,17 +28,16 @@ from itertools import pairwise
 
 import numpy as np
 
-from networks import (
+import nbnorm
+from networks import (  # fmt: skip
     BLUE,
     GRAY,
     GREEN,
     ORANGE,
     PURPLE,
     SGD,
-    BatchNorm,
     Dense,
     Network,
-    Norm,
     ReLU,
     accuracy,
     digits,
@@ -46,16 +45,24 @@ from networks import (
     panels,
     parse,
     save,
-)  # fmt: skip
+)
 
 SIZES = (64, 128, 64)
 BATCHES = (1, 2, 4, 8, 16, 32, 128)
 KINDS = {
     "plain": (None, ORANGE, "-"),
-    "batch norm": (lambda n: BatchNorm(n, small_batch="zero"), BLUE, "-"),
-    "batch renorm": (lambda n: BatchNorm(n, renorm=(3, 5), small_batch="running", momentum=0.02), GREEN, "-"),
-    "ghost batch norm, 8": (lambda n: BatchNorm(n, virtual_batch_size=8, small_batch="zero"), BLUE, ":"),
-    "group norm": (lambda n: Norm("group_norm", n, 8), PURPLE, "-"),
+    "batch norm": (lambda n: nbnorm.BatchNorm(n, small_batch="zero"), BLUE, "-"),
+    "batch renorm": (
+        lambda n: nbnorm.BatchNorm(n, renorm=(3, 5), small_batch="running", momentum=0.02),
+        GREEN,
+        "-",
+    ),
+    "ghost batch norm, 8": (
+        lambda n: nbnorm.BatchNorm(n, virtual_batch_size=8, small_batch="zero"),
+        BLUE,
+        ":",
+    ),
+    "group norm": (lambda n: nbnorm.GroupNorm(8, n), PURPLE, "-"),
 }
 
 

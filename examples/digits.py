@@ -1,20 +1,21 @@
 """Train a small network on handwritten digits, with and without batch normalization.
+==================================================================================
 
 The question: does batch norm help the network to learn, and does it let it bear a higher learning rate?
 
 The data are 1,797 real 8x8 images, which come with scikit-learn; a quarter is held out for testing. Two
-networks learn to read them, in plain NumPy and float32, with mini-batches, cross-entropy and Adam:
+networks learn to read them, in plain NumPy and float32, with mini-batches, cross-entropy and Adam::
 
     batch norm:  Dense(128, relu) -> batch norm -> Dense(64, relu) -> batch norm -> Dense(10, softmax)
     plain:       Dense(128, relu) ---------------> Dense(64, relu) ---------------> Dense(10, softmax)
 
 All else is equal: the same He-initialized weights, the same mini-batches in the same order, the same Adam,
 the same decay of the learning rate. Batch norm normalizes each feature with its mean and variance over the
-mini-batch,
+mini-batch::
 
-    y = (x - mean) / sqrt(var + eps) * weight + bias,
+    y = (x - mean) / sqrt(var + eps) * weight + bias
 
-and with running averages of the two when the network is tested. With nbnorm this takes three lines:
+and with running averages of the two when the network is tested. With nbnorm this takes three lines::
 
     bn = nbnorm.BatchNorm(num_features)     # the optimizer reads bn.grads and updates bn.params
     y = bn(x)
@@ -22,7 +23,7 @@ and with running averages of the two when the network is tested. With nbnorm thi
 
 What to look at: the highest learning rate. There the plain network loses much of its accuracy, how much
 depends on the seed, and batch norm stays close to its best. At low learning rates so shallow a network can do
-without it. The table tells both, and what batch norm costs.
+without it. The table tells both, and what batch norm costs::
 
     python examples/digits.py
     python examples/digits.py --learning-rates 0.01 0.1 --batch-size 32

@@ -1,7 +1,7 @@
 """What the examples share: layers and optimizers in plain NumPy, the digits, and the look of the pictures.
 
 A layer is called with x and returns y, its ``backward`` takes dy, returns dx and fills ``grads``; an optimizer
-updates ``params`` in place. `nbnorm.BatchNorm` is such a layer as it is.
+updates ``params`` in place. The layers of nbnorm are such layers as they are.
 """
 
 from __future__ import annotations
@@ -201,52 +201,6 @@ class MeanPool(Parameters):
         return np.broadcast_to(dx, self.shape).astype(np.float32)
 
 
-class Norm(Parameters):
-    """A pair of functions as a layer: ``Norm("group_norm", 64, 8)`` calls `nbnorm.group_norm_forward` with 8 groups."""
-
-    def __init__(self, name: str, num_features: int, *args: int, **options: int) -> None:
-        bias = {} if name == "rms_norm" else {"bias": np.zeros(num_features)}
-        super().__init__(weight=np.ones(num_features), **bias)
-        self._forward = getattr(nbnorm, f"{name}_forward")
-        self._backward = getattr(nbnorm, f"{name}_backward")
-        self.args, self.options = args, options
-
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Normalize; keep what backward needs."""
-        y, self.saved = self._forward(x, *self.args, *self.params.values(), **self.options)
-        return y
-
-    def backward(self, dy: np.ndarray) -> np.ndarray:
-        """Write the parameters' gradients into ``grads``."""
-        return self._backward(dy, self.saved, out=(None, *self.grads.values()))[0]
-
-
-class BatchNorm(Parameters):
-    """Batch norm as a layer with every option of `nbnorm.batch_norm_forward`: activation, renorm, and so on."""
-
-    def __init__(self, num_features: int, **options: object) -> None:
-        super().__init__(weight=np.ones(num_features), bias=np.zeros(num_features))
-        self.running = np.zeros(num_features, np.float32), np.ones(num_features, np.float32)
-        self.training, self.options = True, options
-
-    def __call__(self, x: np.ndarray, **options: object) -> np.ndarray:
-        """Normalize by the batch or, in eval mode, by the running statistics."""
-        options = {**self.options, **options, "training": self.training}
-        y, self.saved = nbnorm.batch_norm_forward(x, *self.params.values(), *self.running, **options)
-        return y
-
-    def backward(self, dy: np.ndarray) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        """Return dx, with a residual also its gradient."""
-        dx, self.grads["weight"][:], self.grads["bias"][:], *dresidual = nbnorm.batch_norm_backward(
-            dy, self.saved
-        )
-        return (dx, *dresidual) if dresidual else dx
-
-    def train(self, mode: bool = True) -> None:
-        """Use the statistics of the batch, or not."""
-        self.training = mode
-
-
 class Network:
     """Layers in a row; the softmax at the end is part of the loss."""
 
@@ -268,7 +222,7 @@ class Network:
     def train(self, mode: bool = True) -> None:
         """Let batch norm use the statistics of each mini-batch."""
         for layer in self.layers:
-            if isinstance(layer, (BatchNorm, nbnorm.BatchNorm)):
+            if isinstance(layer, nbnorm.BatchNorm):
                 layer.train(mode)
 
     def eval(self) -> None:

@@ -30,21 +30,20 @@ from itertools import pairwise
 import numpy as np
 
 import nbnorm
-from networks import (
+from networks import (  # fmt: skip
     BLUE,
     GREEN,
     ORANGE,
     SGD,
     Dense,
     Network,
-    Norm,
     ReLU,
     cross_entropy,
     digits,
     panels,
     parse,
     save,
-)  # fmt: skip
+)
 
 SIZES = (64, 100, 100)
 LEARNING_RATE = 0.003
@@ -58,7 +57,7 @@ def online_batch_norm(num_features: int) -> nbnorm.BatchNorm:
 KINDS = {
     "plain": (None, ORANGE),
     "batch norm, running": (online_batch_norm, BLUE),
-    "layer norm": (lambda num_features: Norm("layer_norm", num_features), GREEN),
+    "layer norm": (nbnorm.LayerNorm, GREEN),
 }
 
 

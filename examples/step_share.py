@@ -9,9 +9,10 @@ images, 1024 features) and a convolutional one (32 images, 16 channels of 16 x 1
 Each is measured with a relu of its own behind batch norm, and with ``activation="relu"``, which does both
 in one pass.
 
-**What to look at.** In the small network half of the step goes into batch norm: that is the price of calls, some tens of
-microseconds each, which hardly depends on the size. In the others it is a few per cent, for matrix products in plain
-NumPy take long. Fusing saves the relu a pass forward and a pass backward; of a small network that is nothing.
+**What to look at.** In the small network half of the step goes into batch norm: that is the price of calls,
+some tens of microseconds each, which hardly depends on the size. In the others it is a few per cent, for
+matrix products in plain NumPy take long. Fusing saves the relu a pass forward and a pass backward; of a
+small network that is nothing.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from time import perf_counter
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from networks import (
+import nbnorm
+from networks import (  # fmt: skip
     BLUE,
     GRAY,
     GREEN,
     ORANGE,
     PURPLE,
     SGD,
-    BatchNorm,
     Conv,
     Dense,
     MeanPool,
@@ -39,7 +40,7 @@ from networks import (
     panels,
     parse,
     save,
-)  # fmt: skip
+)
 
 NETWORKS = {"small dense": (32, 128), "wide dense": (512, 1024), "convolutional": (32, 16)}
 PARTS = {
@@ -59,9 +60,9 @@ def make_layers(name: str, fused: bool, rng: np.random.Generator) -> list[tuple[
         product = Conv(channels, width, rng) if name == "convolutional" else Dense(channels, width, rng)
         layers.append(("products and the rest", product))
         if fused:
-            layers.append(("batch norm + relu", BatchNorm(width, activation="relu")))
+            layers.append(("batch norm + relu", nbnorm.BatchNorm(width, activation="relu")))
         else:
-            layers += [("batch norm", BatchNorm(width)), ("relu", ReLU())]
+            layers += [("batch norm", nbnorm.BatchNorm(width)), ("relu", ReLU())]
         channels = width
     if name == "convolutional":
         layers.append(("products and the rest", MeanPool()))

@@ -23,14 +23,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from networks import (
+import nbnorm
+from networks import (  # fmt: skip
     BLUE,
     GREEN,
     ORANGE,
     Adam,
     Dense,
     Network,
-    Norm,
     Parameters,
     ReLU,
     accuracy,
@@ -39,16 +39,16 @@ from networks import (
     panels,
     parse,
     save,
-)  # fmt: skip
+)
 
 FEATURES = 32
 RATES = (0.001, 0.003, 0.01, 0.03)
 KINDS = {
-    "pre, layer norm": ("pre", "layer_norm", BLUE, "-"),
-    "pre, RMS norm": ("pre", "rms_norm", GREEN, "-"),
-    "post, layer norm": ("post", "layer_norm", BLUE, ":"),
-    "post, RMS norm": ("post", "rms_norm", GREEN, ":"),
-    "no norm": ("none", "", ORANGE, "-"),
+    "pre, layer norm": ("pre", nbnorm.LayerNorm, BLUE, "-"),
+    "pre, RMS norm": ("pre", nbnorm.RMSNorm, GREEN, "-"),
+    "post, layer norm": ("post", nbnorm.LayerNorm, BLUE, ":"),
+    "post, RMS norm": ("post", nbnorm.RMSNorm, GREEN, ":"),
+    "no norm": ("none", None, ORANGE, "-"),
 }
 
 
@@ -82,11 +82,11 @@ class Attention(Parameters):
 class Residual(Parameters):
     """``x + inner(norm(x))`` (pre-norm), ``norm(x + inner(x))`` (post-norm) or ``x + inner(x)``."""
 
-    def __init__(self, place: str, norm: str, inner: Sequence) -> None:
+    def __init__(self, place: str, norm: type | None, inner: Sequence) -> None:
         super().__init__()
-        before = [Norm(norm, FEATURES)] if place == "pre" else []
+        before = [norm(FEATURES)] if place == "pre" else []
         self.inner = Network([*before, *inner])
-        self.after = Network([Norm(norm, FEATURES)] if place == "post" else [])
+        self.after = Network([norm(FEATURES)] if place == "post" else [])
         self.parts = (*self.inner.layers, *self.after.layers)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
@@ -130,7 +130,7 @@ class Tokens(Parameters):
         return self.embed.backward(dy).reshape(len(dy), 64)
 
 
-def make_network(place: str, norm: str, depth: int, rng: np.random.Generator) -> Network:
+def make_network(place: str, norm: type | None, depth: int, rng: np.random.Generator) -> Network:
     """Tokens, blocks of attention and a small network, a last norm for pre-norm, logits."""
     layers = [Tokens(rng)]
     for _ in range(depth):
@@ -138,7 +138,7 @@ def make_network(place: str, norm: str, depth: int, rng: np.random.Generator) ->
         layers.append(
             Residual(place, norm, [Dense(FEATURES, 64, rng), ReLU(), Dense(64, FEATURES, rng, gain=0.7)])
         )
-    last = [Norm(norm, FEATURES)] if place == "pre" else []
+    last = [norm(FEATURES)] if place == "pre" else []
     return Network([*layers, *last, Mean(), Dense(FEATURES, 10, rng, gain=0.7)])
 
 
