@@ -62,7 +62,7 @@ def view() -> Figure:
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     for axes, (name, text, outer, group, inner) in zip(figure.subplots(3, 1), cases, strict=True):
         x = 0.0
-        for o in range(outer):
+        for _ in range(outer):
             for g in range(group):
                 for _ in range(inner):
                     axes.add_patch(Rectangle((x, 0), 0.9, 1, color=SLOT_COLORS[g % 8], linewidth=0))

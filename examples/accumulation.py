@@ -146,8 +146,8 @@ def train(kind: str, size: int, epochs: int, data: tuple[np.ndarray, ...]) -> fl
 
 def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     """Compare gradients and training; return both by kind, shape (2, sizes)."""
-    options = parse(__doc__, argv, "accumulation", epochs=8)
-    data = digits()
+    options = parse(__doc__, argv, "accumulation", epochs=8, smallest=2)
+    data, sizes = digits(), [size for size in PARTS if size >= options.smallest]
     x, _, labels, _ = data
     rng = np.random.default_rng(0)
     params, rows = first_params(rng), rng.permutation(len(x))[:BATCH]
@@ -156,22 +156,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     results = {}
     for kind in KINDS:
         errors, accuracies = [], []
-        for size in PARTS:
+        for size in sizes:
             parts = cut(rows, size)
             grads = gradients(kind, params, [x[part] for part in parts], [labels[part] for part in parts])
             errors.append(distance(grads, whole))
             accuracies.append(train(kind, size, options.epochs, data))
         results[kind] = np.array([errors, accuracies])
 
-    print(f"images in a part        {''.join(f'{size:>9}' for size in PARTS)}     whole")
+    print(f"images in a part        {''.join(f'{size:>9}' for size in sizes)}     whole")
     for kind, (errors, accuracies) in results.items():
         print(f"{kind:14} gradient {''.join(f'{error:9.1e}' for error in errors)}         0")
         print(f"{kind:14} accuracy {''.join(f'{value:9.1%}' for value in accuracies)} {accuracy_whole:9.1%}")
 
     figure, (error_axes, axes) = panels(f"A batch of {BATCH} images, cut into parts", 2, width=4.4)
     for (kind, (errors, accuracies)), color in zip(results.items(), (BLUE, ORANGE), strict=True):
-        error_axes.plot(PARTS, errors, "o-", color=color, label=kind)
-        axes.plot(PARTS, accuracies, "o-", color=color, label=kind)
+        error_axes.plot(sizes, errors, "o-", color=color, label=kind)
+        axes.plot(sizes, accuracies, "o-", color=color, label=kind)
     axes.axhline(accuracy_whole, color=GRAY, linestyle="--", linewidth=1, label="whole batch")
     error_axes.set(
         yscale="log", title="gradient: distance from the whole batch's", ylabel="relative distance"
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     axes.set(title="test accuracy after training")
     for panel in (error_axes, axes):
         panel.set_xscale("log", base=2)
-        panel.set_xticks(PARTS, PARTS)
+        panel.set_xticks(sizes, sizes)
         panel.set_xlabel("images in a part")
     axes.legend(frameon=False, loc="lower right")
     save(figure, options.output)

@@ -335,7 +335,9 @@ def mini_batches(num_images: int, batch_size: int, rng: np.random.Generator) -> 
 
 def parse(doc: str, argv: Sequence[str] | None, name: str, **counts: int) -> argparse.Namespace:
     """Read the command line: some whole numbers, and where the picture goes."""
-    title = doc.strip().splitlines()[0]
+    title = doc.strip().partition("\n")[
+        0
+    ]  # empty in the gallery, which runs scripts without their docstrings
     parser = argparse.ArgumentParser(
         description=title, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
