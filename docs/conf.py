@@ -26,7 +26,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "drawings",
 ]
-nitpicky = False
+rst_prolog = ".. py:currentmodule:: nbnorm\n"
 default_role = "py:obj"  # `batch_norm_forward` in a docstring is a link
 exclude_patterns = [
     "_build",
@@ -54,7 +54,7 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": ["sphinx-version"],
 }
-html_sidebars = {"changelog": [], "performance": [], "numerics": []}
+html_sidebars = dict.fromkeys(["architecture", "changelog", "numerics", "performance", "start"], [])
 
 
 sphinx_gallery_conf = {

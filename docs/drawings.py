@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 
 FOLDER = Path(__file__).parent / "_static"
 SLOT_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#999999")
-SAMPLES, CHANNELS, SPACE = 3, 4, 6
+SAMPLES, CHANNELS, SPACE = 3, 4, 3
 
 
 def norms() -> Figure:
@@ -20,7 +20,7 @@ def norms() -> Figure:
         "group norm, 2 groups": lambda n, c: 2 * n + c // 2,
         "instance norm": lambda n, c: CHANNELS * n + c,
     }
-    figure = Figure(figsize=(10, 2.6), layout="constrained")
+    figure = Figure(figsize=(10, 1.75), layout="constrained")
     for axes, (name, slot) in zip(figure.subplots(1, len(rules)), rules.items(), strict=True):
         for n in range(SAMPLES):
             for c in range(CHANNELS):
@@ -34,8 +34,8 @@ def norms() -> Figure:
             xlim=(-0.2, SAMPLES * (SPACE + 0.8)), ylim=(-0.9, CHANNELS + 0.1), aspect="equal", title=name
         )
         for n in range(SAMPLES):
-            axes.text(n * (SPACE + 0.8) + SPACE / 2, -0.7, f"sample {n}", ha="center", fontsize=7)
-        axes.title.set_fontsize(10)
+            axes.text(n * (SPACE + 0.8) + SPACE / 2, -0.7, f"sample {n}", ha="center", fontsize=8)
+        axes.title.set_fontsize(12)
         axes.axis("off")
     return figure
 
@@ -59,7 +59,7 @@ def view() -> Figure:
         ),
         ("layer norm\n(N, D) = (6, 8)", "(1, outer=1, group=6, inner=8)   rows", 1, 6, 8),
     )
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
     for axes, (name, text, outer, group, inner) in zip(figure.subplots(3, 1), cases, strict=True):
         x = 0.0
         for _ in range(outer):
@@ -70,9 +70,9 @@ def view() -> Figure:
                 x += 0.25 if inner > 1 else 0.0
             axes.plot([x - 0.1] * 2, [-0.25, 1.25], color="0.5", linewidth=0.8)
             x += 0.4
-        axes.text(0, 1.5, name.replace("\n", "   "), fontsize=10, fontweight="bold", va="bottom")
-        axes.text(0, -0.45, f"view {text}", fontsize=9, family="monospace", va="top")
-        axes.set(xlim=(-0.5, 88), ylim=(-1.6, 2.7))
+        axes.text(0, 1.5, name.replace("\n", "   "), fontsize=12, fontweight="bold", va="bottom")
+        axes.text(0, -0.45, f"view {text}", fontsize=11, family="monospace", va="top")
+        axes.set(xlim=(-0.5, 88), ylim=(-2.2, 3.2))
         axes.axis("off")
     return figure
 
