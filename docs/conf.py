@@ -54,7 +54,7 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": ["sphinx-version"],
 }
-html_sidebars = dict.fromkeys(["architecture", "changelog", "numerics", "performance", "start"], [])
+html_sidebars = {page: [] for page in ("architecture", "changelog", "numerics", "performance", "start")}
 
 
 sphinx_gallery_conf = {
