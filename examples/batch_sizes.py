@@ -27,11 +27,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+from matplotlib.ticker import NullLocator
 
 import nbnorm
 from networks import (  # fmt: skip
     BLUE,
-    GRAY,
     GREEN,
     ORANGE,
     PURPLE,
@@ -99,11 +99,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
 
     figure, (axes,) = panels("Batch size and test accuracy", width=6.5)
     for name, (_, color, line) in KINDS.items():
-        axes.plot(batches, results[name].mean(axis=1), f"o{line}", color=color, label=name, markersize=5)
+        error = 1 - results[name].mean(axis=1)
+        axes.plot(batches, error, f"o{line}", color=color, label=name, markersize=5)
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, batches)
-    axes.axhline(0.1, color=GRAY, linestyle=":", linewidth=1)
-    axes.set(xlabel="images in a batch", ylabel="test accuracy", ylim=(0, 1))
+    ticks = np.array([0.1, 0.5, 0.8, 0.9, 0.95, 0.98])
+    axes.set(xlabel="images in a batch", ylabel="test accuracy", yscale="log", ylim=(1, 0.015))
+    axes.set_yticks(1 - ticks, [f"{tick:.0%}" for tick in ticks])
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.legend(frameon=False, fontsize=9, loc="lower right")
     save(figure, options.output)
     return results

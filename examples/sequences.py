@@ -12,10 +12,10 @@ padding, in both networks), and a second layer names the digit. In inference, se
 without padding.
 
 **What to look at.** On the right: without a mask, the running variance is that of a mixture of rows and
-padding, a quarter of the true one where there is much padding; with the mask it is right. The picture on
-the left is a surprise: the accuracy **does not suffer**. This network is trained long enough to make up for
-wrong statistics by other weights. What a mask buys is that a sequence is normalized in the same way,
-whatever it happens to be padded to.
+padding, less than a third of the true one where there is much padding; with the mask it is right. The
+picture on the left is a surprise: the accuracy **does not suffer**. This network is trained long enough to
+make up for wrong statistics by other weights. What a mask buys is that a sequence is normalized in the same
+way, however it happens to be padded.
 """
 
 from __future__ import annotations

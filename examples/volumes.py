@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, np.ndarray]:
             np.arange(1, options.epochs + 1), results[name].mean(axis=0), "o-", color=color, label=name
         )
     axes[-1].axhline(1 / len(CLASSES), color=GRAY, linestyle=":", linewidth=1)
-    axes[-1].set(xlabel="epoch", ylabel="accuracy on new scans", ylim=(0.2, 1))
+    axes[-1].set(xlabel="epoch", ylabel="accuracy on new scans", ylim=(0, 1))
     axes[-1].legend(frameon=False, fontsize=8, loc="lower right")
     save(figure, options.output)
     return results
