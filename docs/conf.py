@@ -65,7 +65,7 @@ sphinx_gallery_conf = {
     "filename_pattern": r"\.py$",
     "image_scrapers": ("gallery_parts.saved_pictures",),
     "reset_modules": ("gallery_parts.fresh_modules",),
-    "within_subsection_order": "ExampleTitleSortKey",
+    "within_subsection_order": "gallery_parts.ReadingOrder",
     "download_all_examples": False,
     "show_signature": False,
     "min_reported_time": 1,

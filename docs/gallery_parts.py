@@ -25,3 +25,35 @@ def fresh_modules(gallery_conf: dict, name: str) -> None:
     sys.modules.pop("networks", None)
     if str(EXAMPLES) not in sys.path:
         sys.path.insert(0, str(EXAMPLES))
+
+
+# From the first question of a newcomer to the last one; what is not named comes at the end.
+READING_ORDER = (
+    "digits",
+    "initialization",
+    "gradient_norms",
+    "drift",
+    "generalization",
+    "batch_sizes",
+    "online",
+    "sequences",
+    "convolution",
+    "camera",
+    "volumes",
+    "transformer",
+    "accumulation",
+    "standardize",
+    "step_share",
+)
+
+
+class ReadingOrder:
+    """Sort key of the gallery."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __call__(self, file: str) -> tuple[int, str]:
+        """Place of an example."""
+        name = Path(file).stem
+        return (READING_ORDER.index(name) if name in READING_ORDER else len(READING_ORDER)), name

@@ -30,7 +30,7 @@ import numpy as np
 from matplotlib.ticker import NullLocator
 
 import nbnorm
-from networks import (  # fmt: skip
+from networks import (
     BLUE,
     GREEN,
     ORANGE,

@@ -41,7 +41,7 @@ from networks import (
     panels,
     parse,
     save,
-)  # fmt: skip
+)
 
 WIDTH = 16
 
@@ -152,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     for (layout, curve), color, line in zip(curves.items(), (ORANGE, BLUE), "-:", strict=True):
         axes.plot(range(1, len(curve) + 1), curve, f"o{line}", color=color, label=layout, markersize=4)
     axes.set(xlabel="epoch", ylabel="test accuracy", ylim=(None, 1), title="both layouts learn the same")
+    axes.set_xticks(range(1, options.epochs + 1))
     axes.legend(frameon=False)
     for k, (name, color) in enumerate((("with batch norm", GRAY), ("folded", GREEN))):
         values = [pair[k] for pair in times.values()]

@@ -37,7 +37,7 @@ from networks import (
     panels,
     parse,
     save,
-)  # fmt: skip
+)
 
 IMAGES = 140
 KINDS = {

@@ -30,7 +30,7 @@ from itertools import pairwise
 import numpy as np
 
 import nbnorm
-from networks import (  # fmt: skip
+from networks import (
     BLUE,
     GREEN,
     ORANGE,

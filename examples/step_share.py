@@ -21,11 +21,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from time import perf_counter
 
+import numba
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 import nbnorm
-from networks import (  # fmt: skip
+from networks import (
     BLUE,
     GRAY,
     GREEN,
@@ -98,12 +98,12 @@ def measure(name: str, fused: bool, repeats: int) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> dict[tuple[str, bool], dict[str, float]]:
     """Measure every network, separate and fused."""
     options = parse(__doc__, argv, "step_share", repeats=30)
-    with threadpool_limits(None, user_api="blas"):
-        results = {
-            (name, fused): measure(name, fused, options.repeats)
-            for name in NETWORKS
-            for fused in (False, True)
-        }
+    threads = numba.get_num_threads()
+    numba.set_num_threads(1)  # as few as the matrix products have, see networks.py
+    results = {
+        (name, fused): measure(name, fused, options.repeats) for name in NETWORKS for fused in (False, True)
+    }
+    numba.set_num_threads(threads)
 
     for (name, fused), parts in results.items():
         total = sum(parts.values())

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 
 import nbnorm
-from networks import (  # fmt: skip
+from networks import (
     BLUE,
     GREEN,
     ORANGE,
