@@ -1,11 +1,11 @@
 """Train a ResNet-18 in PyTorch on a CPU, once with its own batch norm and once with nbnorm's.
 
-The question: what does one line, `nbnorm.torch.replace(model)`, change? The losses should stay the same, and a
-training step should take less time.
+The question: what does one line, `nbnorm.torch.replace(model)`, change? The losses should stay the same,
+and a training step should take less time.
 
-The data are made up: stripes in ten directions, with a random phase, width, color and noise; the network has to tell
-the direction. Two copies of one network start from the same weights and see the same batches. They take turns
-step by step, so that whatever else happens on the machine happens to both.
+The data are made up: stripes in ten directions, with a random phase, width, color and noise; the network
+has to tell the direction. Two copies of one network start from the same weights and see the same batches.
+They take turns step by step, so that whatever else happens on the machine happens to both.
 
     python examples/pytorch_resnet.py
     python examples/pytorch_resnet.py --size 224 --channels-last --steps 10
