@@ -291,6 +291,25 @@ def test_update_operator():
     torch.library.opcheck(torch.ops.nbnorm.update_running_.default, arguments)
 
 
+def test_small_tensors_are_left_to_pytorch(monkeypatch):
+    """The thresholds decide, by layout; fused steps come out the same on either side."""
+    monkeypatch.undo()
+    policy = nbnorm.torch._policy
+    x = torch.randn(2, 4, 16, 16, requires_grad=True)
+    module = nbnorm.torch.BatchNorm2d(4)
+    monkeypatch.setitem(policy.SMALLEST, "batch_norm", x.numel() + 1)
+    small = module(x)
+    assert not computed_by_nbnorm(small)
+    apart = module(x, activation="relu", residual=x)
+    monkeypatch.setitem(policy.SMALLEST, "batch_norm", x.numel())
+    large = module(x)
+    assert computed_by_nbnorm(large)
+    assert_close(large, small)
+    assert_close(module(x, activation="relu", residual=x), apart)
+    assert not computed_by_nbnorm(module(x.contiguous(memory_format=torch.channels_last)))
+    assert not computed_by_nbnorm(module(x[..., :8, :8].contiguous()))
+
+
 def test_threads_of_pytorch(monkeypatch):
     """Kernels run with PyTorch's number of threads, and Numba's setting comes back, after errors too."""
     seen = []
