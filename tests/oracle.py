@@ -212,7 +212,7 @@ def dx_tolerance(forward, backward, *, floor=1.0):
 
 
 def sum_tolerance(terms, forward, dtype):
-    """Bound of a parameter gradient of type ``dtype``: 4 eps sum|terms|, eps that of the coarser of it and the type that computes."""
+    """Bound of a parameter gradient of type ``dtype``: 4 eps sum|terms|, eps of the coarser of it and what computes."""
     computing = np.float64 if forward.dtype == np.float64 else np.float32
     coarser = max(eps(computing), eps(dtype))
     factor = spread_factor(forward)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import fx, nn
 
+from nbnorm.batch_layer import BatchNorm
 from nbnorm.conventions import fold_batch_norm
-from nbnorm.layers import BatchNorm
 from nbnorm.torch import _tracing
 from nbnorm.torch.replacing import restore
 
