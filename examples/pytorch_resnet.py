@@ -131,8 +131,9 @@ def make_runs(channels_last: bool, rate: float) -> list[Run]:
     original = ResNet18()
     if channels_last:
         original = original.to(memory_format=torch.channels_last)
-    models = {"PyTorch": original, "nbnorm": copy.deepcopy(original)}
+    models = {"PyTorch": original, "nbnorm": copy.deepcopy(original), "nbnorm, fused": copy.deepcopy(original)}
     print(nbnorm.torch.replace(models["nbnorm"]))
+    print(nbnorm.torch.replace(models["nbnorm, fused"], fuse=True))
     return [
         Run(name, model, torch.optim.SGD(model.parameters(), rate, momentum=0.9), [], [])
         for name, model in models.items()
@@ -192,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--size", type=int, default=96, help="height and width of the images")
-    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--learning-rate", type=float, default=0.001)
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("pytorch_resnet.png"))
     parser.add_argument("--no-plot", action="store_true")
