@@ -65,7 +65,7 @@ def check_whole(saved: Saved) -> None:
         raise ValueError("saved comes from a call with virtual_batch_size; use batch_norm_backward")
 
 
-def gradient(dy: Any, saved: Saved) -> Array:
+def gradient(dy: Any, saved: Saved) -> Any:
     """Return a checked dy in the memory order of x."""
     dy = _checks.array("dy", dy)
     _checks.shape("dy", dy, saved.x.shape)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import cuda
 
 from nbnorm._cuda import columns, finish, planes, rows
 from nbnorm._cuda.arrays import empty, is_aligned, total, zeros
@@ -26,7 +27,7 @@ from nbnorm._cuda.launch import (
     streamed_lines,
     vector_width,
 )
-from nbnorm._cuda.memory import BLOCK, FLOAT64, kind_of, real
+from nbnorm._cuda.memory import BLOCK, FLOAT64, SIMULATED, kind_of, real
 from nbnorm._cuda.pieces import ABSENT, ELEMENT, SLOT, Build
 from nbnorm._options import Epilogue, Mask
 from nbnorm._view import View
@@ -41,6 +42,12 @@ Sums = tuple[Array, Array]
 
 
 NO_EPILOGUE = Epilogue()
+
+
+def require_device() -> None:
+    """Raise where there is no driver, or no device for it."""
+    if not SIMULATED and not cuda.is_available():
+        raise RuntimeError(f"arrays on a CUDA device need a CUDA driver, which failed: {cuda.cuda_error()}")
 
 
 def moments(
