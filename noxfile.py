@@ -4,6 +4,22 @@ import nox
 
 nox.options.sessions = ["lint", "tests"]
 
+# What reaches every kernel and every line with little arrays: every element is a call of Python without the compiler.
+SMALL = [
+    "tests/test_accuracy.py",
+    "tests/test_backward_faults.py",
+    "tests/test_conventions.py",
+    "tests/test_faults.py",
+    "tests/test_layer.py",
+    "tests/test_layer_faults.py",
+    "tests/test_properties.py",
+    "tests/test_two_phase.py",
+    "tests/test_view.py",
+]
+
+# Every kernel, on arrays that end in the middle of every block.
+KERNELS = ["tests/test_batch_norm.py", "tests/test_norms.py", "tests/test_out.py", "tests/test_properties.py"]
+
 
 @nox.session
 def lint(session: nox.Session) -> None:
@@ -19,6 +35,44 @@ def tests(session: nox.Session) -> None:
     """Tests and the examples in the docstrings, with a fresh cache of compiled kernels."""
     session.install("-e", ".[test]")
     session.run("pytest", *session.posargs, env={"NUMBA_CACHE_DIR": session.create_tmp()})
+
+
+@nox.session
+def processes(session: nox.Session) -> None:
+    """Threads and forks in processes of their own, under OpenMP, workqueue and TBB; minutes."""
+    session.install("-e", ".[test]", "tbb")
+    environment = {"NUMBA_CACHE_DIR": session.create_tmp()}
+    session.run("pytest", "-m", "processes", "tests/test_processes.py", *session.posargs, env=environment)
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Random calls against the reference for ten minutes, or NBNORM_FUZZ_SECONDS."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "-m", "fuzz", "-s", "tests/test_properties.py", *session.posargs)
+
+
+@nox.session
+def large(session: nox.Session) -> None:
+    """More than 2**31 and 2**32 elements: 16 GB of memory, sparse files; minutes."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "-m", "large", "tests/test_large.py", *session.posargs)
+
+
+@nox.session
+def bounds(session: nox.Session) -> None:
+    """Every index of the serial kernels checked; parallel ones cannot report what they find."""
+    session.install("-e", ".[test]")
+    environment = {"NUMBA_BOUNDSCHECK": "1", "NBNORM_PARALLEL": "0", "NUMBA_CACHE_DIR": session.create_tmp()}
+    session.run("pytest", *KERNELS, *session.posargs, env=environment)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Which lines the tests reach, kernels included: without the compiler."""
+    session.install("-e", ".[test]", "pytest-cov")
+    options = ["--cov=nbnorm", "--cov-report=term-missing", "--cov-fail-under=95"]
+    session.run("pytest", *options, *SMALL, *session.posargs, env={"NUMBA_DISABLE_JIT": "1"})
 
 
 @nox.session

@@ -1,6 +1,7 @@
 """Normalization layers on plain arrays, forward and backward."""
 
 from nbnorm._dispatch import lent as _lent
+from nbnorm.batch_layer import BatchNorm
 from nbnorm.conventions import convert_state_dict, fold_batch_norm, preset
 from nbnorm.functional import batch_norm_backward, batch_norm_forward, batch_norm_inference
 from nbnorm.group_norms import (
@@ -10,9 +11,10 @@ from nbnorm.group_norms import (
     instance_norm_forward,
 )
 from nbnorm.layer_norms import layer_norm_backward, layer_norm_forward, rms_norm_backward, rms_norm_forward
-from nbnorm.layers import BatchNorm
+from nbnorm.layers import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from nbnorm.moments import GradSums, Moments
 from nbnorm.phases import batch_moments, batch_norm_apply, batch_norm_grad_sums, batch_norm_input_grad
+from nbnorm.reestimation import reestimate
 from nbnorm.running import update_running_stats
 from nbnorm.saved import Saved
 
@@ -39,7 +41,11 @@ update_running_stats = _lent(update_running_stats)
 __all__ = [
     "BatchNorm",
     "GradSums",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
     "Moments",
+    "RMSNorm",
     "Saved",
     "batch_moments",
     "batch_norm_apply",
@@ -57,6 +63,7 @@ __all__ = [
     "layer_norm_backward",
     "layer_norm_forward",
     "preset",
+    "reestimate",
     "rms_norm_backward",
     "rms_norm_forward",
     "update_running_stats",

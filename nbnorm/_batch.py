@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbnorm import _call, _checks, _masks, running
+from nbnorm import _call, _checks, _masks, _warn, running
 from nbnorm._call import Call
 from nbnorm._dispatch import backend
 from nbnorm.moments import Moments
@@ -130,7 +129,7 @@ def single(call: Call, settings: Training) -> bool:
     if settings.small_batch == "error":
         raise ValueError(message)
     if settings.small_batch == "warn":
-        warnings.warn(message, RuntimeWarning, stacklevel=5)
+        _warn.warn(message)
     return True
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbnorm import _activation, _checks, _layout, _masks
+from nbnorm import _activation, _checks, _layout, _masks, _warn
 from nbnorm._dispatch import backend
 from nbnorm._layout import Planner
 from nbnorm._options import Epilogue, Mask
@@ -48,14 +47,12 @@ PLAIN = Options()
 
 def batch_call(
     operation: str, x: Any, weight: Any, bias: Any, eps: Any, channel_axis: Any, out: Any,
-    options: Options = PLAIN, num_features: int | None = None,
+    options: Options = PLAIN,
 ) -> Call:  # fmt: skip
-    """Check and plan a call of batch norm; a layer knows its number of channels."""
+    """Check and plan a call of batch norm."""
     source = _checks.array("x", x)
     _checks.at_least_2d(operation, source)
     axis = _checks.axis("channel_axis", channel_axis, source.ndim)
-    if num_features is not None:
-        _checks.channels(operation, source, axis, num_features)
     weight = _checks.parameter("weight", weight, axis, source.shape)
     bias = _checks.parameter("bias", bias, axis, source.shape)
     planner = partial(batch_view, channel_axis=axis, masked=options.mask is not None)
@@ -180,7 +177,7 @@ def normalize(
 def warn_of_zero_over_zero(call: Call, m2: Array) -> None:
     """Warn as NumPy does where eps = 0 meets a slot without variance; on a device a look would wait for it."""
     if call.eps == 0.0 and call.view.size and isinstance(m2, np.ndarray) and not m2.all():
-        warnings.warn(f"invalid value encountered in {call.operation}", RuntimeWarning, stacklevel=5)
+        _warn.warn(f"invalid value encountered in {call.operation}")
 
 
 def save(

@@ -393,3 +393,42 @@ def count(name: str, value: Any) -> int:
     if number.size != 1 or number.dtype.kind not in "iu" or number.item() < 0:
         raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
     return int(number.item())
+
+
+def normalized_shape(value: Any) -> tuple[int, ...]:
+    """Return the shape that a layer normalizes over, from one length or several."""
+    lengths = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if not lengths:
+        raise ValueError("normalized_shape must be a positive integer or several, got ()")
+    return tuple(positive_integer("normalized_shape", length) for length in lengths)
+
+
+def trailing_shape(expected: tuple[int, ...], x: np.ndarray) -> None:
+    """Compare the trailing dimensions of x with those of a layer."""
+    if x.shape[-len(expected) :] != expected:
+        raise ValueError(f"normalized_shape {expected} does not match trailing dimensions of x {x.shape}")
+
+
+def array_library(name: str, value: Any) -> Any:
+    """Return a library that makes arrays as NumPy does."""
+    if not all(hasattr(value, needed) for needed in ("asarray", "ones", "zeros", "zeros_like")):
+        raise TypeError(f"{name} must be a library of arrays such as numpy or cupy, got {value!r}")
+    return value
+
+
+def not_a_result(name: str, value: Any, buffers: Iterable[np.ndarray]) -> None:
+    """Refuse an input in the memory of a result that the layer is about to write again."""
+    if isinstance(value, np.ndarray) and any(overlap(value, buffer) for buffer in buffers):
+        raise ValueError(
+            f"{name} shares memory with an earlier result of this layer, which reuse_buffers=True writes again; "
+            "copy it first"
+        )
+
+
+def pair(name: str, value: Any) -> tuple[Any, Any]:
+    """Return two result buffers, each of which may be None."""
+    if value is None:
+        return None, None
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise ValueError(f"{name} must be a tuple of 2 arrays or None (dx, dresidual), got {value!r:.80}")
+    return value

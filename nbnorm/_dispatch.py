@@ -35,8 +35,10 @@ def backend(x: Any) -> ModuleType:
 @lru_cache(maxsize=1)
 def _device_backend() -> ModuleType:
     """Import the CUDA backend, or say what it lacks."""
-    from nbnorm import _cuda
-
+    try:
+        from nbnorm import _cuda
+    except ImportError as error:
+        raise RuntimeError(str(error)) from error
     _cuda.require_device()
     return _cuda
 

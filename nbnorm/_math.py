@@ -26,6 +26,11 @@ def by_type(function: Any) -> Any:
     return overload(function, jit_options=INNER)  # type: ignore[arg-type]
 
 
+def is_none(given: Any) -> bool:
+    """Whether an argument, or its type while a kernel compiles, is that of None."""
+    return given is None or isinstance(given, types.NoneType | types.Omitted)
+
+
 def rounded(value, like):
     """Round to the type in which elements of an array are computed."""
     return np.float64(value) if like.itemsize == 8 else np.float32(value)

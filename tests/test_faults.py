@@ -265,6 +265,14 @@ def test_partial_overlap_of_out_and_x():
         np.testing.assert_array_equal(block, before)
 
 
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "int4"])
+def test_narrow_types_of_ml_dtypes(name):
+    """Eight bits are for storage; the message names the type."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    with pytest.raises(TypeError, match=rf"x.*{name}"):
+        nbnorm.batch_norm_forward(np.ones((4, 2)).astype(getattr(ml_dtypes, name)))
+
+
 def test_torch_tensor():
     """A tensor is named, and so is the way to an array."""
     torch = pytest.importorskip("torch")

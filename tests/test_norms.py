@@ -306,6 +306,16 @@ FAULTS = {
         ValueError,
         "num_groups must be a positive integer, got 0",
     ),
+    "fewer than no groups": (
+        lambda x: nbnorm.group_norm_forward(x, -2),
+        ValueError,
+        "num_groups must be a positive integer, got -2",
+    ),
+    "true groups": (
+        lambda x: nbnorm.group_norm_forward(x, True),
+        ValueError,
+        "num_groups must be a positive integer, got True",
+    ),
     "half a group": (
         lambda x: nbnorm.group_norm_forward(x, 1.5),
         ValueError,

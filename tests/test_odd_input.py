@@ -1,5 +1,6 @@
 """Unusual but legal input: containers, byte orders, nothing at all, one value, values that are no numbers."""
 
+import numba
 import numpy as np
 import pytest
 from numba.core import event
@@ -66,9 +67,11 @@ def test_scalars_of_any_type():
     """eps, momentum and axis may be NumPy scalars or integers."""
     x = np.array(ROWS)
     expected = nbnorm.batch_norm_forward(x, eps=1.0, channel_axis=1, momentum=1.0)[0]
-    for eps, axis, momentum in ((1, np.int64(1), True), (np.float32(1), np.uint8(1), np.float32(1))):
-        y = nbnorm.batch_norm_forward(x, eps=eps, channel_axis=axis, momentum=momentum)[0]
-        oracle.assert_same_bits(y, expected)
+    with event.install_recorder("numba:compile") as recorder:
+        for eps, axis, momentum in ((1, np.int64(1), True), (np.float32(1), np.uint8(1), np.float32(1))):
+            y = nbnorm.batch_norm_forward(x, eps=eps, channel_axis=axis, momentum=momentum)[0]
+            oracle.assert_same_bits(y, expected)
+    assert not recorder.buffer
 
 
 @pytest.mark.parametrize("shape", [(0, 2), (0, 2, 5), (3, 2, 0), (3, 0), (0, 0), (3, 0, 5)], ids=str)
@@ -196,6 +199,17 @@ def test_eval_with_an_impossible_variance(var):
     """In the functions a variance below 0 or NaN gives NaN in that channel."""
     y = nbnorm.batch_norm_inference(np.ones((3, 2), np.float32), np.zeros(2), np.array([1.0, var]), eps=0.0)
     np.testing.assert_array_equal(y, [[1, np.nan]] * 3)
+
+
+def test_call_from_compiled_code():
+    """Not callable from a user's own kernel: an ordinary error of Numba's, which names the function."""
+
+    @numba.njit
+    def step(x):
+        return nbnorm.batch_norm_forward(x)
+
+    with pytest.raises(numba.TypingError, match="batch_norm_forward"):
+        step(np.ones((3, 2)))
 
 
 def test_moments_of_a_broadcast_view():

@@ -191,6 +191,50 @@ if __name__ == "__main__":
     assert run(code, **layer)[0] == "right"
 
 
+SHARDS = """
+import multiprocessing
+import numpy as np, nbnorm
+
+def worker(pipe, x, dy):
+    pipe.send(nbnorm.batch_moments(x).to_dict())
+    moments = nbnorm.Moments.from_dict(pipe.recv())
+    saved = nbnorm.batch_norm_apply(x, moments)[1]
+    pipe.send(nbnorm.batch_norm_grad_sums(dy, saved))
+    pipe.send(nbnorm.batch_norm_input_grad(dy, saved, pipe.recv()))
+
+def merged(parts):
+    first, *others = parts
+    for other in others:
+        first = first.merge(other)
+    return first
+
+if __name__ == "__main__":
+    x, dy = np.random.default_rng(0).standard_normal((2, 30, 4, 5))
+    parts = [slice(0, 7), slice(7, 7), slice(7, 30)]
+    context, pipes = multiprocessing.get_context("spawn"), []
+    for part in parts:
+        here, there = context.Pipe()
+        context.Process(target=worker, args=(there, x[part], dy[part]), daemon=True).start()
+        pipes.append(here)
+    moments = merged([nbnorm.Moments.from_dict(pipe.recv()) for pipe in pipes]).to_dict()
+    [pipe.send(moments) for pipe in pipes]
+    sums = merged([pipe.recv() for pipe in pipes])
+    [pipe.send(sums) for pipe in pipes]
+    dx = np.concatenate([pipe.recv() for pipe in pipes])
+    expected = nbnorm.batch_norm_backward(dy, nbnorm.batch_norm_forward(x)[1])[0]
+    assert np.allclose(dx, expected, rtol=1e-12, atol=1e-12)
+    print("right")
+"""
+
+
+@pytest.mark.processes
+def test_shards_in_processes(tmp_path):
+    """Shards of different sizes, an empty one too, one process each, which exchange moments and gradient sums."""
+    (tmp_path / "shards.py").write_text(SHARDS)
+    code = f"import runpy; runpy.run_path({str(tmp_path / 'shards.py')!r}, run_name='__main__')"
+    assert run(code)[0] == "right"
+
+
 COLD = """
 import threading, json, hashlib
 import numpy as np

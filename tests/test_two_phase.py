@@ -1,5 +1,7 @@
 """Statistics and gradients in parts: a split batch, merged, is the whole batch."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -219,3 +221,18 @@ def test_gradient_accumulation(rng):
         np.testing.assert_allclose(dx, expected[0][part], rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(dweight, expected[1], rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(dbias, expected[2], rtol=1e-12, atol=1e-12)
+
+
+def test_shards_in_threads(rng):
+    """Shards of different sizes, an empty one too, one thread each: what the caller merges is the whole batch."""
+    x, dy = KINDS[0].x(rng, np.float64), KINDS[0].dy(rng, np.float64)
+    weight, bias = KINDS[0].parameters(rng, np.float64)
+    expected = nbnorm.batch_norm_backward(dy, nbnorm.batch_norm_forward(x, weight, bias)[1])
+    parts = [*PARTS, slice(0, 0)]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        moments = merged(pool.map(lambda part: nbnorm.batch_moments(x[part]), parts))
+        kept = list(pool.map(lambda p: nbnorm.batch_norm_apply(x[p], moments, weight, bias)[1], parts))
+        sums = merged(pool.map(lambda p, s: nbnorm.batch_norm_grad_sums(dy[p], s), parts, kept))
+        dx = pool.map(lambda p, s: nbnorm.batch_norm_input_grad(dy[p], s, sums), parts, kept)
+        np.testing.assert_allclose(np.concatenate(list(dx)), expected[0], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(sums.sum_dz_x_hat, expected[1], rtol=1e-12, atol=1e-12)

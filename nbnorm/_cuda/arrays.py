@@ -79,13 +79,13 @@ def device_of(x: Any) -> Iterator[Any]:
         yield 0
     elif is_cupy(x):
         cupy = sys.modules["cupy"]
-        with x.device, cuda.gpus[x.device.id]:
-            yield _external_stream(int(cupy.cuda.get_current_stream().ptr))
+        with x.device:  # Numba works in the context that CuPy has made current
+            yield _external_stream(x.device.id, int(cupy.cuda.get_current_stream().ptr))
     else:
         yield 0
 
 
 @lru_cache(maxsize=64)
-def _external_stream(pointer: int) -> Any:
-    """Return Numba's view of a stream of another library."""
+def _external_stream(device: int, pointer: int) -> Any:
+    """Return Numba's view of a stream of another library on the current device."""
     return cuda.external_stream(pointer) if pointer else cuda.default_stream()

@@ -18,7 +18,7 @@ if SIMULATED and not config.DISABLE_JIT:
     # Formulas are compiled without wrappers for Python, from which the simulator calls them.
     raise RuntimeError("Numba's CUDA simulator runs nbnorm with NUMBA_DISABLE_JIT=1 only")
 if not SIMULATED and find_spec("numba_cuda") is None:
-    raise RuntimeError("arrays on a CUDA device need numba-cuda: install nbnorm[cuda12] or nbnorm[cuda13]")
+    raise ImportError("arrays on a CUDA device need numba-cuda: install nbnorm[cuda12] or nbnorm[cuda13]")
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = range(4)
 _KINDS = {"float16": FLOAT16, "bfloat16": BFLOAT16, "float32": FLOAT32, "float64": FLOAT64}
 VECTOR_BYTES = 16
