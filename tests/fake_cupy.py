@@ -6,7 +6,7 @@ through the array protocols, as they reach CuPy.
 
 import sys
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
@@ -22,6 +22,10 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
         self.flags = SimpleNamespace(
             c_contiguous=values.flags.c_contiguous, f_contiguous=values.flags.f_contiguous
         )
+
+    @property
+    def __cuda_array_interface__(self):
+        return {"shape": self.shape, "typestr": self.dtype.str, "data": (self.data.ptr, False), "version": 3}
 
     shape = property(lambda self: self._ary.shape)
     strides = property(lambda self: self._ary.strides)
@@ -136,10 +140,12 @@ def _module():
     )
     functions = {name: _function(name) for name in names.split()}
     stream = SimpleNamespace(ptr=0)
-    return SimpleNamespace(
+    module = ModuleType("cupy")
+    module.__dict__.update(
         ndarray=ndarray, asarray=asarray, may_share_memory=may_share_memory, **functions,
         cuda=SimpleNamespace(get_current_stream=lambda: stream, Device=Device),
     )  # fmt: skip
+    return module
 
 
 @contextmanager

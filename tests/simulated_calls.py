@@ -196,6 +196,39 @@ def test_numba_arrays(cp, rng):
         np.testing.assert_allclose(found.copy_to_host(), reference, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda xp: nbnorm.BatchNorm(4, activation="relu", nonfinite="skip", xp=xp),
+        lambda xp: nbnorm.BatchNorm(4, momentum=None, xp=xp),
+        lambda xp: nbnorm.LayerNorm(4, xp=xp),
+        lambda xp: nbnorm.RMSNorm(4, reuse_buffers=True, xp=xp),
+        lambda xp: nbnorm.GroupNorm(2, 4, xp=xp),
+        lambda xp: nbnorm.InstanceNorm(4, affine=True, xp=xp),
+    ],
+    ids=["batch", "cumulative", "layer", "rms", "group", "instance"],
+)
+def test_layers(cp, rng, layer):
+    """A step on the device, then the state back on the host, equal a step on the host."""
+    x, dy = rng.standard_normal((2, 3, 4, 5 if "Instance" in repr(layer(np)) else 4)).astype(np.float32)
+    there, here = layer(cp), layer(np)
+    for one, library in ((there, cp), (here, np)):
+        result = one(on(library, x)), one.backward(on(library, dy))
+        one.eval()
+        evaluated = one(on(library, x))
+        results = (*result, evaluated) if library is np else [values.get() for values in (*result, evaluated)]
+        if library is cp:
+            found = results
+    for value, expected in zip(found, results, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5)
+    assert all(isinstance(gradient, cp.ndarray) for gradient in there.grads.values())
+    there.to(np)
+    for name, value in here.state_dict().items():
+        np.testing.assert_allclose(there.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+    for name, value in here.grads.items():
+        np.testing.assert_allclose(there.grads[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_mixtures_are_refused(cp, rng):
     """Both places are named."""
     x, weight = rng.standard_normal((5, 4)).astype(np.float32), np.ones(4, np.float32)
