@@ -1,5 +1,7 @@
 """The CUDA backend in Numba's simulator: every verb on every traversal, type and option, against the oracle.
 
+benchmarks/gpu.py runs the same tests on a GPU.
+
 Run by test_cuda_simulator.py in a process of its own, because the simulator must be chosen before Numba is imported.
 Its blocks are tiny (see `nbnorm._cuda.launch`), so that small arrays already need several pieces, chunks and warps.
 """
@@ -17,6 +19,7 @@ import oracle
 import reference
 from nbnorm import _activation, _cuda
 from nbnorm._cuda import launch
+from nbnorm._cuda.memory import SIMULATED
 from nbnorm._options import Epilogue, Mask
 from nbnorm._view import batch_view, group_view, trailing_view
 
@@ -395,6 +398,7 @@ def test_runs_have_the_same_bits():
         oracle.assert_same_bits(one, two)
 
 
+@pytest.mark.skipif(not SIMULATED, reason="the blocks of a device hold all of the small slots")
 def test_cases_cover_every_route():
     """The tiny blocks of the simulator still need every kind of kernel."""
     routes = set()

@@ -1,4 +1,4 @@
-"""The public functions on device arrays in Numba's simulator, CuPy played by fake_cupy.
+"""The public functions on device arrays in Numba's simulator, CuPy played by fake_cupy; on a GPU by benchmarks/gpu.py.
 
 Run by test_cuda_simulator.py in a process of its own. What the calls compute is compared with the same calls on NumPy
 arrays in `PLACES` of shapes and options; what the kernels compute is simulated.py's business.
@@ -13,6 +13,7 @@ from numba import cuda
 import fake_cupy
 import nbnorm
 from nbnorm import _cpu
+from nbnorm._cuda.memory import SIMULATED
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -25,6 +26,9 @@ def _lively():
 
 @pytest.fixture
 def cp():
+    if not SIMULATED:
+        yield pytest.importorskip("cupy")
+        return
     with fake_cupy.installed() as module:
         yield module
 
@@ -71,7 +75,7 @@ CASES = [
 
 def on(library, values):
     """Copy values, and what is in tuples of them, to a library."""
-    return library.asarray(values.copy()) if isinstance(values, np.ndarray) else values
+    return library.asarray(values.copy("K")) if isinstance(values, np.ndarray) else values
 
 
 def arguments(norm, shape, options, rng):
@@ -155,7 +159,12 @@ def test_strides(cp, rng, layout):
     backward = nbnorm.layer_norm_backward if layout.startswith("layer") else nbnorm.batch_norm_backward
     expected, saved = forward(x)
     expected_dx = backward(x, saved)[0]
-    on_device = cp.ndarray(x)
+    on_device = cp.asarray(whole).transpose(0, 2, 1) if layout == "last two swapped" else on(cp, x)
+    if layout == "gaps":
+        on_device = cp.asarray(whole)[:, :, ::2]
+    elif layout == "layer of another order":
+        on_device = cp.asarray(whole).transpose(2, 1, 0)
+    assert on_device.strides == x.strides
     y, saved = forward(on_device)
     dx = backward(on_device, saved)[0]
     assert y.strides == expected.strides
@@ -236,8 +245,9 @@ def test_mixtures_are_refused(cp, rng):
         nbnorm.batch_norm_forward(on(cp, x), weight)
     with pytest.raises(TypeError, match=r"x is a NumPy array, but weight is a .*on device 0"):
         nbnorm.batch_norm_forward(x, on(cp, weight))
-    with pytest.raises(TypeError, match="on device 1"):
-        nbnorm.batch_norm_forward(on(cp, x), cp.ndarray(weight, device=1))
+    if SIMULATED:
+        with pytest.raises(TypeError, match="on device 1"):
+            nbnorm.batch_norm_forward(on(cp, x), cp.ndarray(weight, device=1))
     _, saved = nbnorm.batch_norm_forward(on(cp, x))
     with pytest.raises(TypeError, match="but dy is a NumPy array"):
         nbnorm.batch_norm_backward(x, saved)
