@@ -7,6 +7,7 @@ and rounded once on store. In the simulator an address is a `Memory`, which chec
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -71,15 +72,15 @@ if SIMULATED:
         target.part(index, 1)[0] = value
 
 else:
-    # numba-cuda up to 0.30 looks for a function that NumPy 2.5 has dropped, in this module and at its import only.
-    if "row_stack" in vars(np):
-        pass
-    else:
-        np.vstack = np.vstack
-        try:
-            pass
-        finally:
-            del np.vstack
+    # numba-cuda up to 0.30 looks for a function that NumPy 2.5 has dropped, in one module and at its import only.
+    _DROPPED, _has_it = "row_stack", "row_stack" in vars(np)
+    if not _has_it:
+        setattr(np, _DROPPED, np.vstack)
+    try:
+        import_module("numba.cuda.np.arrayobj")
+    finally:
+        if not _has_it:
+            delattr(np, _DROPPED)
 
     from llvmlite import ir
     from numba.cuda.extending import intrinsic
