@@ -12,7 +12,9 @@ import numpy as np
 
 
 class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
-    """An array "on the device"."""
+    """An array "on the device"; ``looks`` counts how often the host has waited for a value."""
+
+    looks = 0
 
     def __init__(self, values, device=0):
         self._ary = values
@@ -63,10 +65,15 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
         self._ary[_plain(index)] = _plain(value)
 
     def __bool__(self):
-        return bool(self._ary)
+        return bool(self._looked())
 
     def __float__(self):
-        return float(self._ary)
+        return float(self._looked())
+
+    def _looked(self):
+        """Count what makes the host wait for the device."""
+        ndarray.looks += 1
+        return self._ary
 
     def __len__(self):
         return len(self._ary)
@@ -75,7 +82,7 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
         self._ary.fill(value)
 
     def get(self):
-        return self._ary.copy()
+        return self._looked().copy()
 
     def __getattr__(self, name):
         if name not in ("all", "any", "astype", "copy", "max", "min", "ravel", "reshape", "sum", "transpose"):

@@ -6,6 +6,7 @@ Run by test_cuda_simulator.py in a process of its own, because the simulator mus
 Its blocks are tiny (see `nbnorm._cuda.launch`), so that small arrays already need several pieces, chunks and warps.
 """
 
+import inspect
 import sys
 import zlib
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from numba import cuda
 
 import oracle
 import reference
-from nbnorm import _activation, _cuda
-from nbnorm._cuda import launch
+from nbnorm import _activation, _cpu, _cuda
+from nbnorm._cuda import launch, memory
 from nbnorm._cuda.memory import SIMULATED
 from nbnorm._options import Epilogue, Mask
 from nbnorm._view import batch_view, group_view, trailing_view
@@ -352,6 +353,14 @@ def test_one_bad_value_spoils_its_own_slot_only(shape, bad):
         assert np.isnan(var[1])
 
 
+def test_the_backends_have_one_surface():
+    """The same verbs with the same arguments, in the same order and with the same defaults."""
+    assert _cuda.__all__ == _cpu.__all__
+    for name in _cpu.__all__:
+        one, two = (inspect.signature(getattr(backend, name)).parameters for backend in (_cpu, _cuda))
+        assert [(p.name, p.default) for p in one.values()] == [(p.name, p.default) for p in two.values()]
+
+
 def test_empty_arrays():
     """Nothing to read: statistics and sums are 0, and no kernel starts."""
     for shape in ((0, 3, 70), (4, 0), (2, 3, 0)):
@@ -408,7 +417,7 @@ def test_cases_cover_every_route():
         if view.traversal == "columns":
             routes.add(("columns", launch.column_lanes(view, 1).chunks > 1))
             continue
-        kind = _cuda.kind_of(x.dtype)
+        kind = memory.kind_of(x.dtype)
         width = launch.vector_width(kind, view.run if view.run > 1 else view.inner, True)
         lines = launch.held_lines(view, width, 1)
         how = "streamed" if lines is None else f"{lines.warps} warps"
