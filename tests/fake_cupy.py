@@ -88,7 +88,13 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
         if name not in ("all", "any", "astype", "copy", "max", "min", "ravel", "reshape", "sum", "transpose"):
             raise AttributeError(name)
         method = getattr(self._ary, name)
-        return lambda *args, **options: _wrapped(method(*args, **options))
+
+        def call(*args, **options):
+            if "initial" in options:
+                raise TypeError("CuPy's reductions have no initial value")
+            return _wrapped(method(*args, **options))
+
+        return call
 
 
 def _plain(x):

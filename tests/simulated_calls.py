@@ -67,6 +67,8 @@ CASES = [
     ("batch", (6, 4), {"running": True, "nonfinite": "skip"}),
     ("batch", (6, 4), {"running": True, "nonfinite": "raise"}),
     ("instance", (2, 4, 5, 5), {"residual": True}),
+    ("instance", (2, 4, 3, 5), {"mask": (2, 3, 5)}),
+    ("group", (3, 4, 5), {"mask": (3, 5), "activation": "relu", "residual": True}),
     ("group", (2, 4, 3, 5), {"activation": ("leaky_relu", 0.2)}),
     ("layer", (5, 12), {}),
     ("rms", (5, 12), {}),

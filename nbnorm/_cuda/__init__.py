@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from numba import cuda
 
-from nbnorm._cuda.forward_pass import apply, forward, moments
 from nbnorm._cuda.backward_pass import backward, grad_sums, input_grad
+from nbnorm._cuda.forward_pass import apply, forward, moments
 from nbnorm._cuda.memory import SIMULATED
 from nbnorm._cuda.statistics import merge_moments, rstd, update_running
 

@@ -176,7 +176,7 @@ def _input_grad(
     slot_sums = None if sums is None else _slot_sums(view, sums, epilogue.weight)
     width = width_for(view, [x, dy, dx, dresidual], epilogue, mask)
     arrays = (x, dy, dx, dresidual, epilogue.weight, epilogue.bias, epilogue.residual, weights_of(mask))
-    statistics = (mean, rstd, slot_sums, None if mask is None else mask.counts, float(count))
+    statistics = (mean, rstd, slot_sums, *_counts(count, mask))
     flags = sums is None, dresidual is not None
     if view.traversal == "columns":
         lanes = column_lanes(view, width)
@@ -195,6 +195,11 @@ def _input_grad(
         *statistics, lines.chunks, lines.chunk, view.slots, lines.values, lines.length, lines.pitch, lines.jump,
         lines.turn, view.period, view.width, view.run, positions_of(view),
     )  # fmt: skip
+
+
+def _counts(count: Any, mask: Mask | None) -> tuple[Array | None, float]:
+    """Return the number of values of a slot as kernels take it: one for each row of a mask, or one for all."""
+    return (None, float(count)) if mask is None else (mask.counts, 0.0)
 
 
 def _slot_sums(view: View, sums: Sums, weight: Array | None) -> Array:
@@ -252,7 +257,7 @@ def _held_backward(
     start(
         rows.backward_kernel(build, with_parameters, dresidual is not None), blocks, threads, x, x, dy, dx, dresidual,
         epilogue.weight, epilogue.bias, epilogue.residual, weights_of(mask), mean, rstd, *sums, parts,
-        None if mask is None else mask.counts, float(count), bands.bands, bands.band, view.slots, lines.values,
+        *_counts(count, mask), bands.bands, bands.band, view.slots, lines.values,
         lines.length, lines.pitch, lines.jump, lines.turn, view.period, view.run, positions_of(view),
     )  # fmt: skip
     if across:
