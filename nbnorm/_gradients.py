@@ -70,7 +70,7 @@ def gradient(dy: Any, saved: Saved) -> Any:
     dy = _checks.array("dy", dy)
     _checks.shape("dy", dy, saved.x.shape)
     _checks.dtype("dy", dy, saved.x.dtype)
-    _checks.together(("x", saved.x), ("dy", dy))
+    _checks.together(("x", "dy"), (saved.x, dy))
     return _layout.arrange(dy, saved.x)
 
 
@@ -194,9 +194,10 @@ def _buffers(
             raise ValueError(f"out[{i}] was given, but {name} is not computed")
         if buffer is not None and like is not None:
             _checks.out(f"out[{i}]", buffer, like.shape, like.dtype)
-            _checks.together(("x", saved.x), (f"out[{i}]", buffer))
+            _checks.together(("x", f"out[{i}]"), (saved.x, buffer))
             _checks.disjoint_from_parameters(f"out[{i}]", buffer, saved.weight, saved.bias)
-            _checks.disjoint(f"out[{i}]", buffer, [(f"out[{k}]", out[k]) for k in range(i)])
+            if not _checks.apart(buffer, *out[:i]):
+                _checks.disjoint(f"out[{i}]", buffer, [(f"out[{k}]", out[k]) for k in range(i)])
     return out
 
 
