@@ -49,20 +49,26 @@ def library(x: Any) -> Any:
 
 
 def lent(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Let a public function take arrays of Numba and others on a device, and give results as Numba's.
+    """Run a public function or method on the device of its array, x or dy, which decides about the library, too.
 
-    The library of the first argument, x or dy, decides.
+    Arrays of Numba and others on a device come in as CuPy's, and results go out as Numba's.
     """
-    first = next(iter(signature(function).parameters))
+    names = list(signature(function).parameters)
+    position = int(names[0] == "self")
 
     @wraps(function)
     def call(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
-        decides = args[0] if args else options.get(first)
+        decides = args[position] if len(args) > position else options.get(names[position])
+        if isinstance(decides, np.ndarray):
+            return function(*args, **options)
+        if is_cupy(decides):
+            with decides.device:  # type: ignore[union-attr]
+                return function(*args, **options)
         if not is_foreign(decides):
             return function(*args, **options)
         if "cupy" not in sys.modules and find_spec("cupy") is None:
             raise RuntimeError(
-                f"{first} is a {type_name(decides)} on a CUDA device, for which nbnorm needs CuPy: "
+                f"{names[position]} is a {type_name(decides)} on a CUDA device, for which nbnorm needs CuPy: "
                 "install nbnorm[cuda12] or nbnorm[cuda13]"
             )
         from nbnorm._cuda import lending

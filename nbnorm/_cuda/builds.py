@@ -61,7 +61,7 @@ def width_for(view: View, xs: list[Array | None], epilogue: Epilogue, mask: Mask
             arrays += [epilogue.weight, epilogue.bias]
     if mask is not None and view.traversal != "columns" and positions_of(view) % 8:
         return 1  # rows of the mask start off a vector
-    return vector_width(optional_kind(xs[0]), neighbours, is_aligned(*arrays))
+    return vector_width(optional_kind(xs[0]), neighbours, is_aligned(arrays, xs[0]))
 
 
 def named_activation(epilogue: Epilogue) -> tuple[str, float] | None:

@@ -179,10 +179,10 @@ def row_bands(view: View, warps: int) -> Bands:
 
 
 def start(kernel: Any, blocks: int, threads: int | tuple[int, int], like: Any, *args: Any) -> None:
-    """Start a kernel on the device and the current stream of an array; arrays become addresses."""
+    """Start a kernel on the current device and stream of the library of an array; arrays become addresses."""
     if blocks:
-        with arrays.device_of(like) as stream:
-            _configured(kernel, blocks, threads, stream)(*[arrays.address(arg) for arg in args])
+        stream = arrays.stream_for(like)
+        _configured(kernel, blocks, threads, stream)(*arrays.addresses(args, like))
 
 
 def _configure(kernel: Any, blocks: int, threads: int | tuple[int, int], stream: Any) -> Any:

@@ -16,8 +16,10 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str,
     """Call a function with CuPy arrays over the memory of the arguments; results over theirs."""
     seen: dict[int, Any] = {}
     inside = [_in(arg, seen) for arg in args]
-    result = function(*inside, **{name: _in(value, seen) for name, value in options.items()})
-    return _out(result, seen)
+    options = {name: _in(value, seen) for name, value in options.items()}
+    (_, first), *_ = seen.values()
+    with first.device:
+        return _out(function(*inside, **options), seen)
 
 
 def _in(x: Any, seen: dict[int, Any]) -> Any:

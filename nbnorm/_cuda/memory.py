@@ -7,6 +7,7 @@ and rounded once on store. In the simulator an address is a `Memory`, which chec
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -25,6 +26,7 @@ _KINDS = {"float16": FLOAT16, "bfloat16": BFLOAT16, "float32": FLOAT32, "float64
 VECTOR_BYTES = 16
 
 
+@lru_cache(maxsize=64)
 def kind_of(dtype: np.dtype[Any]) -> int:
     """Return how a kernel calls a dtype."""
     return _KINDS[dtype.name]
