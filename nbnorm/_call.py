@@ -123,9 +123,8 @@ def _call(
 ) -> Call:  # fmt: skip
     """Check what all norms take, and lay everything out for the view of x."""
     eps = _checks.eps(eps)
-    activation, residual, weights = options
-    if activation is not None:
-        activation = _checks.activation(activation)
+    _, residual, weights = options
+    activation = None if options.activation is None else _checks.activation(options.activation)
     if residual is not None:
         residual = _checks.array("residual", residual)
         _checks.shape("residual", residual, source.shape)
@@ -147,7 +146,7 @@ def _call(
     with_residual = residual is not None
     if residual is not None:
         residual = _layout.arrange(residual, x)
-    marker = None if activation is None else _activation.marker(*activation, source.itemsize == 8)
+    marker = None if activation is None else _activation.marker(*activation, double=source.itemsize == 8)
     epilogue = Epilogue(weight, bias, residual, marker)
     return Call(operation, source, x, view, results, epilogue, with_residual, mask, eps, out)
 

@@ -320,11 +320,24 @@ def _writeable(x: Any) -> bool:
 
 def together(names: Sequence[str], arrays: Sequence[Any]) -> None:
     """Refuse arrays that are not in the library and on the device of the first one; None is anywhere."""
-    if all(value is None or isinstance(value, np.ndarray) for value in arrays):
+    for value in arrays:
+        if value is not None and type(value) is not np.ndarray:
+            break
+    else:
         return
     for name, value in zip(names[1:], arrays[1:], strict=True):
         if value is not None and place(value) != place(arrays[0]):
             raise TypeError(f"{names[0]} is {place(arrays[0])}, but {name} is {place(value)}")
+
+
+def fitting(value: Any, like: Any) -> bool:
+    """Whether a result buffer surely passes `out`, seen at a glance."""
+    return (
+        type(value) is np.ndarray
+        and value.shape == like.shape
+        and value.dtype == like.dtype
+        and value.flags.behaved
+    )
 
 
 def apart(value: Any, *others: Any) -> bool:
