@@ -62,7 +62,7 @@ def lent(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         if isinstance(decides, np.ndarray):
             return function(*args, **options)
         if is_cupy(decides):
-            with decides.device:  # type: ignore[union-attr]
+            with decides.device:  # type: ignore[attr-defined]
                 return function(*args, **options)
         if not is_foreign(decides):
             return function(*args, **options)

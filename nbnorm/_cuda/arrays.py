@@ -46,7 +46,7 @@ def addresses(args: Iterable[Any], like: Any) -> list[Any]:
 
 
 def _cupy_start(x: Any) -> int:
-    return x.data.ptr  # type: ignore[no-any-return]
+    return x.data.ptr
 
 
 def _start(x: Any) -> int:
