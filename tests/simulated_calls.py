@@ -256,6 +256,12 @@ def test_mixtures_are_refused(cp, rng):
     _, saved = nbnorm.batch_norm_forward(on(cp, x))
     with pytest.raises(TypeError, match="but dy is a NumPy array"):
         nbnorm.batch_norm_backward(x, saved)
+    with pytest.raises(TypeError, match=r"out\[0\] is a NumPy array"):
+        nbnorm.batch_norm_backward(on(cp, x), saved, out=(x, None, None))
+    with pytest.raises(TypeError, match="out is a NumPy array"):
+        nbnorm.batch_norm_forward(on(cp, x), out=x)
+    with pytest.raises(TypeError, match=r"out is a .*on device 0"):
+        nbnorm.batch_norm_forward(x, out=on(cp, x))
     with pytest.raises(TypeError, match="running_mean is a NumPy array"):
         nbnorm.batch_norm_forward(on(cp, x), None, None, np.zeros(4), np.ones(4))
     with pytest.raises(TypeError, match="int32"):
