@@ -105,6 +105,7 @@ ROWS = [
     Case("rms", (5, 24), "uncentered rows"),
     Case("rms", (2, 301), "uncentered long rows"),
     Case("rms", (4, 24), "uncentered half rows", dtype="f2", parameters="f4"),
+    Case("layer", (3, 1), "rows of one value"),
     Case("group", (4, 6), "rows whose parameters repeat every second row", groups=2),
 ]
 PLANES = [
@@ -139,6 +140,7 @@ PLANES = [
     Case("batch", (2, 2, 68), "float32 x, float64 parameters", parameters="f8"),
     Case("batch", (2, 2, 68), "residual alone", residual=True),
     Case("instance", (2, 3, 5, 8), "planes in a warp"),
+    Case("instance", (2, 3, 1, 1), "planes of one value, relu", activation="relu"),
     Case("instance", (3, 2, 23, 13), "large planes, odd, relu", activation="relu"),
     Case("instance", (2, 2, 4, 4), "masked planes", mask=True),
     Case("group", (2, 6, 3, 4), "two runs of a group", groups=3),
@@ -264,7 +266,7 @@ def test_forward_and_backward(case):
         bound = oracle.sum_tolerance(getattr(gradients, f"{name}_terms"), forward, run.computing)
         oracle.assert_within(host(found).reshape(expected.shape), expected, bound, name)
     if case.residual:
-        bound = 8 * oracle.eps(run.dtype) * np.maximum(1, np.abs(dresidual))
+        bound = 32 * oracle.eps(run.dtype) * np.maximum(1, np.abs(dresidual))
         oracle.assert_within(split(host(dres)), dresidual, bound, "dresidual")
 
     again, y_again = _cuda.moments(view, x, centered, run.mask), blank(run.x)

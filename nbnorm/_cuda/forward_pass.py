@@ -42,7 +42,7 @@ def moments(
     width = width_for(view, [x], NO_EPILOGUE, mask)
     lines = held_lines(view, width, 1)
     if lines is not None:
-        held_forward(view, lines, x, None, NO_EPILOGUE, 0.0, mask, mean, m2, None)
+        held_forward(view, lines, x, None, NO_EPILOGUE, 1.0, mask, mean, m2, None)
         return mean, m2
     lines = streamed_lines(view, view.inner, width)
     build = line_build(view, x, lines, NO_EPILOGUE, mask, centered)
