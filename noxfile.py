@@ -76,6 +76,20 @@ def coverage(session: nox.Session) -> None:
 
 
 @nox.session
+def cuda(session: nox.Session) -> None:
+    """What the compiler makes of the CUDA kernels; needs no GPU."""
+    session.install("-e", ".[cuda13]", "pytest", "ml_dtypes", "nvidia-cuda-nvcc")
+    session.run("pytest", "--noconftest", "-W", "ignore", "tests/test_cuda_compile.py", *session.posargs)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Checks and times on the GPU of this machine."""
+    session.install("-e", ".[cuda13,test]")
+    session.run("python", "-m", "benchmarks.gpu", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Every benchmark once, to see that all of them run."""
     session.install("-e", ".[bench]")

@@ -333,7 +333,7 @@ def together(names: Sequence[str], arrays: Sequence[Any]) -> None:
 def fitting(value: Any, like: Any) -> bool:
     """Whether a result buffer surely passes `out`, seen at a glance."""
     return (
-        type(value) is np.ndarray
+        type(value) is type(like) is np.ndarray
         and value.shape == like.shape
         and value.dtype == like.dtype
         and value.flags.behaved

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, wraps
+from importlib.util import find_spec
+from inspect import signature
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
@@ -26,10 +28,19 @@ def backend(x: Any) -> ModuleType:
     if isinstance(x, np.ndarray):
         return _cpu
     if is_cupy(x):
-        from nbnorm import _cuda
-
-        return _cuda
+        return _device_backend()
     raise TypeError(f"arrays of type {type_name(x)} are not supported; expected a NumPy or a CuPy array")
+
+
+@lru_cache(maxsize=1)
+def _device_backend() -> ModuleType:
+    """Import the CUDA backend, or say what it lacks."""
+    try:
+        from nbnorm import _cuda
+    except ImportError as error:
+        raise RuntimeError(str(error)) from error
+    _cuda.require_device()
+    return _cuda
 
 
 def library(x: Any) -> Any:
@@ -38,15 +49,28 @@ def library(x: Any) -> Any:
 
 
 def lent(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Let a public function take arrays of Numba and others on a device, and give results as Numba's.
+    """Run a public function or method on the device of its array, x or dy, which decides about the library, too.
 
-    The library of the first argument decides.
+    Arrays of Numba and others on a device come in as CuPy's, and results go out as Numba's.
     """
+    names = list(signature(function).parameters)
+    position = int(names[0] == "self")
 
     @wraps(function)
     def call(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
-        if not args or not is_foreign(args[0]):
+        decides = args[position] if len(args) > position else options.get(names[position])
+        if isinstance(decides, np.ndarray):
             return function(*args, **options)
+        if is_cupy(decides):
+            with decides.device:  # type: ignore[attr-defined]
+                return function(*args, **options)
+        if not is_foreign(decides):
+            return function(*args, **options)
+        if "cupy" not in sys.modules and find_spec("cupy") is None:
+            raise RuntimeError(
+                f"{names[position]} is a {type_name(decides)} on a CUDA device, for which nbnorm needs CuPy: "
+                "install nbnorm[cuda12] or nbnorm[cuda13]"
+            )
         from nbnorm._cuda import lending
 
         return lending.call(function, args, options)  # type: ignore[no-any-return]

@@ -11,6 +11,7 @@ import numpy as np
 
 from nbnorm import _checks, _layout
 from nbnorm._buffers import Buffers
+from nbnorm._dispatch import lent
 from nbnorm._state import State
 from nbnorm.saved import Saved
 
@@ -52,6 +53,7 @@ class Layer(State, ABC):
         """Normalize x and, with ``keep``, remember what `backward` needs."""
         return self._call(keep, x, out=out)
 
+    @lent
     def forward(self, x: Any, *, out: Array | None = None) -> tuple[Array, Saved]:
         """Normalize x; return y and what `backward` needs, for several calls in flight."""
         return self._forward(x, out)
@@ -79,6 +81,7 @@ class Layer(State, ABC):
     def _normalize(self, x: Array, out: Array | None, **options: Any) -> tuple[Array, Saved]:
         """Call the forward function."""
 
+    @lent
     def backward(
         self, dy: Any, saved: Saved | None = None, *, accumulate: bool = False, out: Any = None
     ) -> Any:
@@ -159,6 +162,7 @@ class ChannelLayer(Layer):
         """Normalize x, as `forward` does, and with ``keep`` remember what `backward` needs."""
         return self._call(keep, x, residual=residual, mask=mask, out=out)
 
+    @lent
     def forward(
         self, x: Any, *, residual: Any = None, mask: Any = None, out: Array | None = None
     ) -> tuple[Array, Saved]:

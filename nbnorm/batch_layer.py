@@ -172,7 +172,7 @@ class BatchNorm(ChannelLayer):
             self._observe(call.source, options.mask)
         else:
             self._tracked += update is not None
-            self.skipped_updates += update or 0
+            self.skipped_updates += 0 if update is None else update
         return y, saved
 
     def reset_running_stats(self) -> None:

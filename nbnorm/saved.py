@@ -103,7 +103,7 @@ class Saved:
 
     def _counts(self) -> str:
         """Write one count, or the range of several."""
-        counts = np.atleast_1d(self.count)
+        counts = np.atleast_1d(self.count.get() if hasattr(self.count, "get") else self.count)
         ends = (counts.min(initial=np.inf), counts.max(initial=0.0)) if counts.size else (0.0, 0.0)
         return " to ".join(dict.fromkeys(f"{end:g}" for end in ends))
 

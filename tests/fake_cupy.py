@@ -6,13 +6,15 @@ through the array protocols, as they reach CuPy.
 
 import sys
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
 
 class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
-    """An array "on the device"."""
+    """An array "on the device"; ``looks`` counts how often the host has waited for a value."""
+
+    looks = 0
 
     def __init__(self, values, device=0):
         self._ary = values
@@ -22,6 +24,10 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
         self.flags = SimpleNamespace(
             c_contiguous=values.flags.c_contiguous, f_contiguous=values.flags.f_contiguous
         )
+
+    @property
+    def __cuda_array_interface__(self):
+        return {"shape": self.shape, "typestr": self.dtype.str, "data": (self.data.ptr, False), "version": 3}
 
     shape = property(lambda self: self._ary.shape)
     strides = property(lambda self: self._ary.strides)
@@ -59,10 +65,15 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
         self._ary[_plain(index)] = _plain(value)
 
     def __bool__(self):
-        return bool(self._ary)
+        return bool(self._looked())
 
     def __float__(self):
-        return float(self._ary)
+        return float(self._looked())
+
+    def _looked(self):
+        """Count what makes the host wait for the device."""
+        ndarray.looks += 1
+        return self._ary
 
     def __len__(self):
         return len(self._ary)
@@ -71,13 +82,19 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):  # noqa: N801
         self._ary.fill(value)
 
     def get(self):
-        return self._ary.copy()
+        return self._looked().copy()
 
     def __getattr__(self, name):
         if name not in ("all", "any", "astype", "copy", "max", "min", "ravel", "reshape", "sum", "transpose"):
             raise AttributeError(name)
         method = getattr(self._ary, name)
-        return lambda *args, **options: _wrapped(method(*args, **options))
+
+        def call(*args, **options):
+            if "initial" in options:
+                raise TypeError("CuPy's reductions have no initial value")
+            return _wrapped(method(*args, **options))
+
+        return call
 
 
 def _plain(x):
@@ -136,10 +153,12 @@ def _module():
     )
     functions = {name: _function(name) for name in names.split()}
     stream = SimpleNamespace(ptr=0)
-    return SimpleNamespace(
+    module = ModuleType("cupy")
+    module.__dict__.update(
         ndarray=ndarray, asarray=asarray, may_share_memory=may_share_memory, **functions,
         cuda=SimpleNamespace(get_current_stream=lambda: stream, Device=Device),
     )  # fmt: skip
+    return module
 
 
 @contextmanager

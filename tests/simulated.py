@@ -1,9 +1,12 @@
 """The CUDA backend in Numba's simulator: every verb on every traversal, type and option, against the oracle.
 
+benchmarks/gpu.py runs the same tests on a GPU.
+
 Run by test_cuda_simulator.py in a process of its own, because the simulator must be chosen before Numba is imported.
 Its blocks are tiny (see `nbnorm._cuda.launch`), so that small arrays already need several pieces, chunks and warps.
 """
 
+import inspect
 import sys
 import zlib
 from dataclasses import dataclass
@@ -15,8 +18,9 @@ from numba import cuda
 
 import oracle
 import reference
-from nbnorm import _activation, _cuda
-from nbnorm._cuda import launch
+from nbnorm import _activation, _cpu, _cuda
+from nbnorm._cuda import launch, memory
+from nbnorm._cuda.memory import SIMULATED
 from nbnorm._options import Epilogue, Mask
 from nbnorm._view import batch_view, group_view, trailing_view
 
@@ -101,6 +105,7 @@ ROWS = [
     Case("rms", (5, 24), "uncentered rows"),
     Case("rms", (2, 301), "uncentered long rows"),
     Case("rms", (4, 24), "uncentered half rows", dtype="f2", parameters="f4"),
+    Case("layer", (3, 1), "rows of one value"),
     Case("group", (4, 6), "rows whose parameters repeat every second row", groups=2),
 ]
 PLANES = [
@@ -135,6 +140,7 @@ PLANES = [
     Case("batch", (2, 2, 68), "float32 x, float64 parameters", parameters="f8"),
     Case("batch", (2, 2, 68), "residual alone", residual=True),
     Case("instance", (2, 3, 5, 8), "planes in a warp"),
+    Case("instance", (2, 3, 1, 1), "planes of one value, relu", activation="relu"),
     Case("instance", (3, 2, 23, 13), "large planes, odd, relu", activation="relu"),
     Case("instance", (2, 2, 4, 4), "masked planes", mask=True),
     Case("group", (2, 6, 3, 4), "two runs of a group", groups=3),
@@ -260,7 +266,7 @@ def test_forward_and_backward(case):
         bound = oracle.sum_tolerance(getattr(gradients, f"{name}_terms"), forward, run.computing)
         oracle.assert_within(host(found).reshape(expected.shape), expected, bound, name)
     if case.residual:
-        bound = 8 * oracle.eps(run.dtype) * np.maximum(1, np.abs(dresidual))
+        bound = 32 * oracle.eps(run.dtype) * np.maximum(1, np.abs(dresidual))
         oracle.assert_within(split(host(dres)), dresidual, bound, "dresidual")
 
     again, y_again = _cuda.moments(view, x, centered, run.mask), blank(run.x)
@@ -349,6 +355,14 @@ def test_one_bad_value_spoils_its_own_slot_only(shape, bad):
         assert np.isnan(var[1])
 
 
+def test_the_backends_have_one_surface():
+    """The same verbs with the same arguments, in the same order and with the same defaults."""
+    assert _cuda.__all__ == _cpu.__all__
+    for name in _cpu.__all__:
+        one, two = (inspect.signature(getattr(backend, name)).parameters for backend in (_cpu, _cuda))
+        assert [(p.name, p.default) for p in one.values()] == [(p.name, p.default) for p in two.values()]
+
+
 def test_empty_arrays():
     """Nothing to read: statistics and sums are 0, and no kernel starts."""
     for shape in ((0, 3, 70), (4, 0), (2, 3, 0)):
@@ -376,7 +390,7 @@ def test_merge_and_running_statistics():
     for guard, kept in ((True, [False, True, True]), (False, [False, False, False])):
         running = put(old[0].copy()), put(old[1].copy())
         skipped = _cuda.update_running(*running, put(batch[0]), put(batch[1]), 0.25, guard)
-        assert host(skipped).tolist() == [float(k) for k in kept]
+        assert (host(skipped).tolist() if guard else skipped) == ([float(k) for k in kept] if guard else 0)
         for found, before, new in zip(running, old, batch, strict=True):
             with np.errstate(over="ignore"):
                 blended = (0.75 * before.astype(np.float64) + 0.25 * new).astype(np.float32)
@@ -395,6 +409,7 @@ def test_runs_have_the_same_bits():
         oracle.assert_same_bits(one, two)
 
 
+@pytest.mark.skipif(not SIMULATED, reason="the blocks of a device hold all of the small slots")
 def test_cases_cover_every_route():
     """The tiny blocks of the simulator still need every kind of kernel."""
     routes = set()
@@ -404,7 +419,7 @@ def test_cases_cover_every_route():
         if view.traversal == "columns":
             routes.add(("columns", launch.column_lanes(view, 1).chunks > 1))
             continue
-        kind = _cuda.kind_of(x.dtype)
+        kind = memory.kind_of(x.dtype)
         width = launch.vector_width(kind, view.run if view.run > 1 else view.inner, True)
         lines = launch.held_lines(view, width, 1)
         how = "streamed" if lines is None else f"{lines.warps} warps"

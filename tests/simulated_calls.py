@@ -1,4 +1,4 @@
-"""The public functions on device arrays in Numba's simulator, CuPy played by fake_cupy.
+"""The public functions on device arrays in Numba's simulator, CuPy played by fake_cupy; on a GPU by benchmarks/gpu.py.
 
 Run by test_cuda_simulator.py in a process of its own. What the calls compute is compared with the same calls on NumPy
 arrays in `PLACES` of shapes and options; what the kernels compute is simulated.py's business.
@@ -13,6 +13,7 @@ from numba import cuda
 import fake_cupy
 import nbnorm
 from nbnorm import _cpu
+from nbnorm._cuda.memory import SIMULATED
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -25,6 +26,9 @@ def _lively():
 
 @pytest.fixture
 def cp():
+    if not SIMULATED:
+        yield pytest.importorskip("cupy")
+        return
     with fake_cupy.installed() as module:
         yield module
 
@@ -63,6 +67,8 @@ CASES = [
     ("batch", (6, 4), {"running": True, "nonfinite": "skip"}),
     ("batch", (6, 4), {"running": True, "nonfinite": "raise"}),
     ("instance", (2, 4, 5, 5), {"residual": True}),
+    ("instance", (2, 4, 3, 5), {"mask": (2, 3, 5)}),
+    ("group", (3, 4, 5), {"mask": (3, 5), "activation": "relu", "residual": True}),
     ("group", (2, 4, 3, 5), {"activation": ("leaky_relu", 0.2)}),
     ("layer", (5, 12), {}),
     ("rms", (5, 12), {}),
@@ -71,7 +77,7 @@ CASES = [
 
 def on(library, values):
     """Copy values, and what is in tuples of them, to a library."""
-    return library.asarray(values.copy()) if isinstance(values, np.ndarray) else values
+    return library.asarray(values.copy("K")) if isinstance(values, np.ndarray) else values
 
 
 def arguments(norm, shape, options, rng):
@@ -100,9 +106,12 @@ def test_same_as_numpy(cp, rng, norm, shape, options, monkeypatch):
 
     for name in _cpu.__all__:
         monkeypatch.setattr(_cpu, name, None)
+    looks = getattr(cp.ndarray, "looks", 0)
     buffers = [on(cp, values) for values in positional]
     y, saved = forward(on(cp, x), *buffers, **{name: on(cp, value) for name, value in options.items()})
     results = [y, *backward(on(cp, dy), saved)]
+    if SIMULATED and "mask" not in options and options.get("nonfinite") != "raise":
+        assert cp.ndarray.looks == looks, "the host has waited for the device"
     assert all(isinstance(result, cp.ndarray) for result in results)
     for result, reference in zip(results, expected, strict=True):
         assert result.dtype == reference.dtype
@@ -155,7 +164,12 @@ def test_strides(cp, rng, layout):
     backward = nbnorm.layer_norm_backward if layout.startswith("layer") else nbnorm.batch_norm_backward
     expected, saved = forward(x)
     expected_dx = backward(x, saved)[0]
-    on_device = cp.ndarray(x)
+    on_device = cp.asarray(whole).transpose(0, 2, 1) if layout == "last two swapped" else on(cp, x)
+    if layout == "gaps":
+        on_device = cp.asarray(whole)[:, :, ::2]
+    elif layout == "layer of another order":
+        on_device = cp.asarray(whole).transpose(2, 1, 0)
+    assert on_device.strides == x.strides
     y, saved = forward(on_device)
     dx = backward(on_device, saved)[0]
     assert y.strides == expected.strides
@@ -196,6 +210,39 @@ def test_numba_arrays(cp, rng):
         np.testing.assert_allclose(found.copy_to_host(), reference, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda xp: nbnorm.BatchNorm(4, activation="relu", nonfinite="skip", xp=xp),
+        lambda xp: nbnorm.BatchNorm(4, momentum=None, xp=xp),
+        lambda xp: nbnorm.LayerNorm(4, xp=xp),
+        lambda xp: nbnorm.RMSNorm(4, reuse_buffers=True, xp=xp),
+        lambda xp: nbnorm.GroupNorm(2, 4, xp=xp),
+        lambda xp: nbnorm.InstanceNorm(4, affine=True, xp=xp),
+    ],
+    ids=["batch", "cumulative", "layer", "rms", "group", "instance"],
+)
+def test_layers(cp, rng, layer):
+    """A step on the device, then the state back on the host, equal a step on the host."""
+    x, dy = rng.standard_normal((2, 3, 4, 5 if "Instance" in repr(layer(np)) else 4)).astype(np.float32)
+    there, here = layer(cp), layer(np)
+    for one, library in ((there, cp), (here, np)):
+        result = one(on(library, x)), one.backward(on(library, dy))
+        one.eval()
+        evaluated = one(on(library, x))
+        results = (*result, evaluated) if library is np else [values.get() for values in (*result, evaluated)]
+        if library is cp:
+            found = results
+    for value, expected in zip(found, results, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5)
+    assert all(isinstance(gradient, cp.ndarray) for gradient in there.grads.values())
+    there.to(np)
+    for name, value in here.state_dict().items():
+        np.testing.assert_allclose(there.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+    for name, value in here.grads.items():
+        np.testing.assert_allclose(there.grads[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_mixtures_are_refused(cp, rng):
     """Both places are named."""
     x, weight = rng.standard_normal((5, 4)).astype(np.float32), np.ones(4, np.float32)
@@ -203,11 +250,18 @@ def test_mixtures_are_refused(cp, rng):
         nbnorm.batch_norm_forward(on(cp, x), weight)
     with pytest.raises(TypeError, match=r"x is a NumPy array, but weight is a .*on device 0"):
         nbnorm.batch_norm_forward(x, on(cp, weight))
-    with pytest.raises(TypeError, match="on device 1"):
-        nbnorm.batch_norm_forward(on(cp, x), cp.ndarray(weight, device=1))
+    if SIMULATED:
+        with pytest.raises(TypeError, match="on device 1"):
+            nbnorm.batch_norm_forward(on(cp, x), cp.ndarray(weight, device=1))
     _, saved = nbnorm.batch_norm_forward(on(cp, x))
     with pytest.raises(TypeError, match="but dy is a NumPy array"):
         nbnorm.batch_norm_backward(x, saved)
+    with pytest.raises(TypeError, match=r"out\[0\] is a NumPy array"):
+        nbnorm.batch_norm_backward(on(cp, x), saved, out=(x, None, None))
+    with pytest.raises(TypeError, match="out is a NumPy array"):
+        nbnorm.batch_norm_forward(on(cp, x), out=x)
+    with pytest.raises(TypeError, match=r"out is a .*on device 0"):
+        nbnorm.batch_norm_forward(x, out=on(cp, x))
     with pytest.raises(TypeError, match="running_mean is a NumPy array"):
         nbnorm.batch_norm_forward(on(cp, x), None, None, np.zeros(4), np.ones(4))
     with pytest.raises(TypeError, match="int32"):

@@ -4,6 +4,7 @@ Needs numba-cuda and NVIDIA's NVVM (``pip install "nbnorm[cuda13]"``); ptxas (nv
 process that runs the simulator cannot compile, and the other way round.
 """
 
+import ctypes
 import importlib.util
 import inspect
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 if importlib.util.find_spec("numba_cuda") is None:
@@ -119,6 +121,8 @@ SMALL = [
     Kernel("update", lambda: finish.update_kernel(FLOAT32, FLOAT32, True, True), None, 256, 40),
 ]
 SCALAR = [
+    Kernel("rows forward, single halves", forward, row(FLOAT16, 1, 8, 4), 256, 128),
+    Kernel("rows forward, single bfloat16", forward, row(BFLOAT16, 1, 8, 4), 256, 128),
     Kernel("rows forward, single elements", forward, row(FLOAT32, 1, 32, 8), 256, 128),
     Kernel("columns moments, single elements", columns.moments_kernel, Build(FLOAT32, 1, 1, 1), 256, 96),
 ]
@@ -222,6 +226,44 @@ def test_first_passes_read_vectors(kernel):
     loads, stores = global_accesses(ptx(kernel.compiled()))
     assert loads.count(16) > 0
     assert set(stores) == {8}, "partial results are float64"
+
+
+@pytest.mark.parametrize("kind", [FLOAT16, BFLOAT16, FLOAT32, FLOAT64])
+@pytest.mark.parametrize("vector", [True, False])
+def test_what_is_loaded(kind, vector):
+    """The code that loads elements, run on the CPU: every value in its place, halves widened."""
+    import llvmlite.binding as llvm
+    import ml_dtypes
+    from llvmlite import ir
+
+    from nbnorm._cuda import memory
+
+    dtype = np.dtype([np.float16, ml_dtypes.bfloat16, np.float32, np.float64][kind])
+    width = 16 // dtype.itemsize if vector else 1
+    result = ir.DoubleType() if kind == FLOAT64 else ir.FloatType()
+    module = ir.Module()
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 3), "read")
+    builder = ir.IRBuilder(function.append_basic_block())
+    target = builder.inttoptr(function.args[2], result.as_pointer())
+    for i, value in enumerate(memory._read(builder, *function.args[:2], kind, width)):
+        builder.store(value, builder.gep(target, [ir.IntType(32)(i)]))
+    builder.ret_void()
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine()
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), machine)
+    engine.finalize_object()
+    read = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3)(engine.get_function_address("read"))
+
+    raw = np.zeros(32 * dtype.itemsize + 16, np.uint8)
+    start = -raw.__array_interface__["data"][0] % 16
+    source = raw[start : start + 32 * dtype.itemsize].view(dtype)
+    source[:] = np.linspace(-3, 100, 32).astype(dtype)
+    found = np.zeros(width, np.float64 if kind == FLOAT64 else np.float32)
+    addresses = [a.__array_interface__["data"][0] for a in (source, found)]
+    first = 2 * width
+    read(addresses[0], first, addresses[1])
+    np.testing.assert_array_equal(found, source[first : first + width].astype(found.dtype))
 
 
 @pytest.mark.parametrize("kernel", SCALAR, ids=str)

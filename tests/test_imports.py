@@ -24,7 +24,7 @@ LEVELS = [
     {"_ghost"},
     {"_batch"},
     {"_call", "_gradients"},
-    {"running", "_layout", "_masks"},
+    {"running", "_layout", "_masks", "_recall"},
     {"saved"},
     {"moments"},
     {"_checks"},
@@ -91,6 +91,26 @@ def test_imports_go_one_way(path):
     upwards = {name for name in internal(path) if LEVEL[name] < LEVEL[part]}
     assert not upwards, f"{part} imports {upwards} from above"
     assert not {"_cpu", "_cuda"} <= {part, *internal(path)} or part == "_dispatch"
+
+
+def test_device_arrays_without_a_device():
+    """Without a driver, or without numba-cuda, an array of CuPy is a RuntimeError that says what is missing."""
+    code = (
+        "import fake_cupy, nbnorm, numpy as np\n"
+        "with fake_cupy.installed() as cp:\n"
+        "    try: nbnorm.batch_norm_forward(cp.asarray(np.ones((4, 2), np.float32)))\n"
+        "    except RuntimeError as error: print(error)\n"
+        "y, _ = nbnorm.batch_norm_forward(np.ones((4, 2), np.float32))\n"
+        "print(y.sum())"
+    )
+    paths = os.pathsep.join([str(PACKAGE.parent), str(Path(__file__).parent)])
+    environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "arrays on a CUDA device need" in done.stdout
+    assert done.stdout.endswith("0.0\n")
 
 
 @on_files

@@ -6,8 +6,7 @@ Each library is looked up among the loaded modules: who holds one of its arrays 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -19,13 +18,8 @@ from nbnorm._libraries import is_cupy
 
 
 def empty(shape: int | tuple[int, ...], dtype: Any, like: Any) -> Any:
-    """Return a new array of the library and on the device of another one."""
-    if is_cupy(like):
-        cupy = sys.modules["cupy"]
-        with like.device:
-            return cupy.empty(shape, dtype)
-    with device_of(like):
-        return cuda.device_array(shape, dtype)
+    """Return a new array of the library of another one, on the current device."""
+    return sys.modules["cupy"].empty(shape, dtype) if is_cupy(like) else cuda.device_array(shape, dtype)
 
 
 def zeros(shape: int | tuple[int, ...], dtype: Any, like: Any) -> Any:
@@ -43,16 +37,19 @@ def total(x: Any) -> Any:
     return x.sum() if is_cupy(x) else x
 
 
-def address(x: Any) -> Any:
-    """Return what a kernel takes for an argument: where an array starts, 0 for None, numbers as they are."""
-    if isinstance(x, (int, float)):
-        return x
+def addresses(args: Iterable[Any], like: Any) -> list[Any]:
+    """Return what a kernel takes for arguments: where arrays of the kind of ``like`` start, 0 for None, numbers."""
     if SIMULATED:
-        return None if x is None else Memory(_elements(x))
-    if x is None:
-        return 0
-    if is_cupy(x):
-        return int(x.data.ptr)
+        return [arg if arg is None or type(arg) in (int, float) else Memory(_elements(arg)) for arg in args]
+    start = _cupy_start if is_cupy(like) else _start
+    return [0 if arg is None else arg if type(arg) in (int, float) else start(arg) for arg in args]
+
+
+def _cupy_start(x: Any) -> int:
+    return x.data.ptr
+
+
+def _start(x: Any) -> int:
     return int(x.__cuda_array_interface__["data"][0] or 0)
 
 
@@ -65,27 +62,19 @@ def _elements(x: Any) -> np.ndarray:
     return line
 
 
-def is_aligned(*xs: Any) -> bool:
-    """Whether vectors of 16 bytes may be read from the start of every array; None is."""
-    if SIMULATED:
-        return True
-    return all(address(x) % 16 == 0 for x in xs)
+def is_aligned(xs: Iterable[Any], like: Any) -> bool:
+    """Whether vectors of 16 bytes may be read from the start of every array of the kind of ``like``; None is."""
+    return SIMULATED or not any(start % 16 for start in addresses(xs, like))
 
 
-@contextmanager
-def device_of(x: Any) -> Iterator[Any]:
-    """Make the device of an array the current one; gives the stream on which to start kernels."""
-    if SIMULATED:
-        yield 0
-    elif is_cupy(x):
-        cupy = sys.modules["cupy"]
-        with x.device, cuda.gpus[x.device.id]:
-            yield _external_stream(int(cupy.cuda.get_current_stream().ptr))
-    else:
-        yield 0
+def stream_for(x: Any) -> Any:
+    """Return the stream on which to start kernels: CuPy's current one, or Numba's default."""
+    if SIMULATED or not is_cupy(x):
+        return 0
+    return _external_stream(x.device.id, int(sys.modules["cupy"].cuda.get_current_stream().ptr))
 
 
 @lru_cache(maxsize=64)
-def _external_stream(pointer: int) -> Any:
-    """Return Numba's view of a stream of another library."""
+def _external_stream(device: int, pointer: int) -> Any:
+    """Return Numba's view of a stream of another library; Numba works in the context that CuPy has made current."""
     return cuda.external_stream(pointer) if pointer else cuda.default_stream()

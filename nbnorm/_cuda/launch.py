@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from numba.cuda import config as numba_config
+
 from nbnorm._cuda import arrays
 from nbnorm._cuda.collective import WARP
 from nbnorm._cuda.columns import TILE_ROWS
@@ -177,10 +179,24 @@ def row_bands(view: View, warps: int) -> Bands:
 
 
 def start(kernel: Any, blocks: int, threads: int | tuple[int, int], like: Any, *args: Any) -> None:
-    """Start a kernel on the device and the current stream of an array; arrays become addresses."""
+    """Start a kernel on the current device and stream of the library of an array; arrays become addresses."""
     if blocks:
-        with arrays.device_of(like) as stream:
-            kernel[blocks, threads, stream](*[arrays.address(arg) for arg in args])
+        stream = arrays.stream_for(like)
+        _configured(kernel, blocks, threads, stream)(*arrays.addresses(args, like))
+
+
+def _configure(kernel: Any, blocks: int, threads: int | tuple[int, int], stream: Any) -> Any:
+    """Return a kernel with its grid; small grids are meant, so that Numba need not warn of them."""
+    before = numba_config.CUDA_LOW_OCCUPANCY_WARNINGS
+    numba_config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
+    try:
+        return kernel[blocks, threads, stream]
+    finally:
+        numba_config.CUDA_LOW_OCCUPANCY_WARNINGS = before
+
+
+# The simulator keeps the grid in the kernel itself: there it cannot be remembered apart.
+_configured = _configure if SIMULATED else lru_cache(maxsize=4096)(_configure)
 
 
 def blocks_of(warps: int) -> int:

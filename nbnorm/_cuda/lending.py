@@ -9,15 +9,17 @@ import numpy as np
 from numba import cuda
 
 from nbnorm._cuda.memory import SIMULATED
-from nbnorm._libraries import is_cupy, is_foreign, type_name
+from nbnorm._libraries import is_cupy, is_foreign
 
 
 def call(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """Call a function with CuPy arrays over the memory of the arguments; results over theirs."""
     seen: dict[int, Any] = {}
     inside = [_in(arg, seen) for arg in args]
-    result = function(*inside, **{name: _in(value, seen) for name, value in options.items()})
-    return _out(result, seen)
+    options = {name: _in(value, seen) for name, value in options.items()}
+    (_, first), *_ = seen.values()
+    with first.device:
+        return _out(function(*inside, **options), seen)
 
 
 def _in(x: Any, seen: dict[int, Any]) -> Any:
@@ -26,7 +28,9 @@ def _in(x: Any, seen: dict[int, Any]) -> Any:
         return tuple(_in(item, seen) for item in x)
     if not is_foreign(x):
         return x
-    view = _cupy_for(x).asarray(x)
+    import cupy
+
+    view = cupy.asarray(x)
     seen[id(view)] = x, view
     return view
 
@@ -40,14 +44,3 @@ def _out(x: Any, seen: dict[int, Any]) -> Any:
     if id(x) in seen:
         return seen[id(x)][0]
     return cuda.to_device(np.asarray(x.get())) if SIMULATED else cuda.as_cuda_array(x)
-
-
-def _cupy_for(x: Any) -> Any:
-    """Import CuPy, whose functions run on the device what surrounds the kernels."""
-    try:
-        import cupy
-    except ImportError:
-        raise RuntimeError(
-            f"{type_name(x)} is on a CUDA device, for which nbnorm needs CuPy: install nbnorm[cuda12] or nbnorm[cuda13]"
-        ) from None
-    return cupy

@@ -7,21 +7,26 @@ and rounded once on store. In the simulator an address is a `Memory`, which chec
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-from numba import cuda, types
-from numba.cuda import config
+from numba import config, cuda, types
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
 if SIMULATED and not config.DISABLE_JIT:
     # Formulas are compiled without wrappers for Python, from which the simulator calls them.
     raise RuntimeError("Numba's CUDA simulator runs nbnorm with NUMBA_DISABLE_JIT=1 only")
+if not SIMULATED and find_spec("numba_cuda") is None:
+    raise ImportError("arrays on a CUDA device need numba-cuda: install nbnorm[cuda12] or nbnorm[cuda13]")
 FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = range(4)
 _KINDS = {"float16": FLOAT16, "bfloat16": BFLOAT16, "float32": FLOAT32, "float64": FLOAT64}
 VECTOR_BYTES = 16
 
 
+@lru_cache(maxsize=64)
 def kind_of(dtype: np.dtype[Any]) -> int:
     """Return how a kernel calls a dtype."""
     return _KINDS[dtype.name]
@@ -69,6 +74,16 @@ if SIMULATED:
         target.part(index, 1)[0] = value
 
 else:
+    # numba-cuda up to 0.30 looks for a function that NumPy 2.5 has dropped, in one module and at its import only.
+    _DROPPED, _has_it = "row_stack", "row_stack" in vars(np)
+    if not _has_it:
+        setattr(np, _DROPPED, np.vstack)
+    try:
+        import_module("numba.cuda.np.arrayobj")
+    finally:
+        if not _has_it:
+            delattr(np, _DROPPED)
+
     from llvmlite import ir
     from numba.cuda.extending import intrinsic
 
