@@ -18,7 +18,9 @@ SMALL = [
 ]
 
 # Every kernel, on arrays that end in the middle of every block.
-KERNELS = ["tests/test_batch_norm.py", "tests/test_norms.py", "tests/test_out.py", "tests/test_properties.py"]
+KERNELS = [
+    f"tests/test_{name}.py" for name in ("batch_norm", "norms", "options", "masks", "halves", "properties")
+]
 
 
 @nox.session
@@ -42,7 +44,7 @@ def processes(session: nox.Session) -> None:
     """Threads and forks in processes of their own, under OpenMP, workqueue and TBB; minutes."""
     session.install("-e", ".[test]", "tbb")
     environment = {"NUMBA_CACHE_DIR": session.create_tmp()}
-    session.run("pytest", "-m", "processes", "tests/test_processes.py", *session.posargs, env=environment)
+    session.run("pytest", "-m", "processes", *session.posargs, env=environment)
 
 
 @nox.session
