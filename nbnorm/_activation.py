@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from nbnorm._math import by_type, formula
+from nbnorm._math import by_type, formula, is_none
 
 NAMES = ("relu", "leaky_relu", "silu")
 
@@ -147,7 +147,7 @@ def _activation_gradient(dy, z, activation):
 
 def _of_type(activation: Any, identity: Any, relu: Any, leaky_relu: Any, silu: Any) -> Any:
     """Choose by an activation, or by its Numba type."""
-    if activation is None or isinstance(activation, (types.NoneType, types.Omitted)):
+    if is_none(activation):
         return identity
     if isinstance(activation, (bool, types.Boolean)):
         return relu

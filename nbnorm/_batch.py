@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbnorm import _call, _checks, _masks, running
+from nbnorm import _call, _checks, _masks, _warn, running
 from nbnorm._call import Call
 from nbnorm._dispatch import backend
 from nbnorm.moments import Moments
@@ -93,7 +92,7 @@ def normalize_batch(call: Call, pair: Pair | None, settings: Training) -> tuple[
     else:
         y, mean, m2, rstd = _call.forward(call)
         saved = _call.save(call, "batch_norm", mean, rstd, count, m2)
-    warn_of_zero_over_zero(call, m2)
+    _call.warn_of_zero_over_zero(call, m2)
     return y, saved
 
 
@@ -130,7 +129,7 @@ def single(call: Call, settings: Training) -> bool:
     if settings.small_batch == "error":
         raise ValueError(message)
     if settings.small_batch == "warn":
-        warnings.warn(message, RuntimeWarning, stacklevel=5)
+        _warn.warn(message)
     return True
 
 
@@ -166,12 +165,6 @@ def forward_by_moments(call: Call, m: Moments, constant: bool) -> tuple[Array, S
     """Normalize by moments of the batch that x is a part of."""
     rstd = m.rstd(call.eps)
     y = _call.apply(call, m.mean, rstd)
-    warn_of_zero_over_zero(call, m.m2)
+    _call.warn_of_zero_over_zero(call, m.m2)
     m2 = None if constant else m.m2
     return y, _call.save(call, "batch_norm", m.mean, rstd, m.count, m2, constant)
-
-
-def warn_of_zero_over_zero(call: Call, m2: Array) -> None:
-    """Warn as NumPy does where eps = 0 meets a channel without variance."""
-    if call.eps == 0.0 and call.view.size and not m2.all():
-        warnings.warn(f"invalid value encountered in {call.operation}", RuntimeWarning, stacklevel=5)

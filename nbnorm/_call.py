@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbnorm import _activation, _checks, _layout, _masks
+from nbnorm import _activation, _checks, _layout, _masks, _warn
 from nbnorm._dispatch import backend
 from nbnorm._layout import Planner
 from nbnorm._options import Epilogue, Mask
@@ -48,14 +47,12 @@ PLAIN = Options()
 
 def batch_call(
     operation: str, x: Any, weight: Any, bias: Any, eps: Any, channel_axis: Any, out: Any,
-    options: Options = PLAIN, num_features: int | None = None,
+    options: Options = PLAIN,
 ) -> Call:  # fmt: skip
-    """Check and plan a call of batch norm; a layer knows its number of channels."""
+    """Check and plan a call of batch norm."""
     source = _checks.array("x", x)
     _checks.at_least_2d(operation, source)
     axis = _checks.axis("channel_axis", channel_axis, source.ndim)
-    if num_features is not None:
-        _checks.channels(operation, source, axis, num_features)
     weight = _checks.parameter("weight", weight, axis, source.shape)
     bias = _checks.parameter("bias", bias, axis, source.shape)
     planner = partial(batch_view, channel_axis=axis, masked=options.mask is not None)
@@ -118,6 +115,7 @@ def _call(
         if activation is not None:
             reason = ", which backward needs for the activation"
             _checks.disjoint("out", out, [("residual", residual)], reason)
+    _checks.together(("x", source), ("weight", weight), ("bias", bias), ("residual", residual), ("out", out))
     weights = None if options.mask is None else _masks.check(options.mask, source.shape, channel_axis)
     x, view, results = _layout.plan(source, planner, order)
     mask = None
@@ -158,7 +156,7 @@ def _room(call: Call) -> tuple[Array, Array]:
     """Return the result, and where kernels may write it."""
     target = call.out
     if target is None:
-        target = np.empty_like(call.source, subok=False)
+        target = _layout.empty_like(call.source)
     residual = call.epilogue.residual
     inputs = (call.x,) if residual is None else (call.x, residual)
     return target, _layout.workspace(target, call.x, *inputs)
@@ -170,11 +168,16 @@ def normalize(
     """Run a forward call whose every sample has statistics of its own, of the shape ``statistics``."""
     keep_x(call)
     y, mean, m2, rstd = forward(call, centered)
-    if call.eps == 0.0 and call.view.size and not m2.all():
-        warnings.warn(f"invalid value encountered in {call.operation}", RuntimeWarning, stacklevel=4)
+    warn_of_zero_over_zero(call, m2)
     count = np.float64(call.view.values) if call.mask is None else call.mask.counts[:, np.newaxis]
     mean = None if mean is None else mean.reshape(statistics)
     return y, save(call, norm, mean, rstd.reshape(statistics), count, None)
+
+
+def warn_of_zero_over_zero(call: Call, m2: Array) -> None:
+    """Warn as NumPy does where eps = 0 meets a slot without variance; on a device a look would wait for it."""
+    if call.eps == 0.0 and call.view.size and isinstance(m2, np.ndarray) and not m2.all():
+        _warn.warn(f"invalid value encountered in {call.operation}")
 
 
 def save(

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm._dispatch import is_cuda, type_name
+from nbnorm._dispatch import library, place
+from nbnorm._libraries import is_cupy, is_foreign, type_name
 
 PARAMETERS = (np.dtype(np.float32), np.dtype(np.float64))
 _NAMES = "float16, bfloat16, float32, float64"
@@ -16,14 +17,17 @@ SMALL_BATCH = ("error", "warn", "zero", "running")
 NONFINITE = ("propagate", "skip", "raise")
 
 
-def array(name: str, x: Any) -> np.ndarray:
+def array(name: str, x: Any) -> Any:
     """Return a native, aligned float array that shares the memory of x where it can."""
     if type(x) is np.ndarray and x.dtype in PARAMETERS and x.flags.aligned:
         return x
-    if is_cuda(x):
-        raise RuntimeError(
-            f"{name} is a {type_name(x)} on a CUDA device, and this version of nbnorm has no CUDA backend; "
-            "copy it to a NumPy array first"
+    if is_cupy(x):
+        if not supported(x.dtype):
+            _float_dtype(name, x.dtype)
+        return x
+    if type_name(x) != "torch.Tensor" and is_foreign(x):
+        raise TypeError(
+            f"{name} is a {type_name(x)} on a CUDA device, unlike the array that the call is about"
         )
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name}: masked arrays are not supported; fill or index first")
@@ -159,21 +163,26 @@ def activation(value: Any) -> tuple[str, float] | None:
     return name, slope
 
 
-def mask(value: Any, expected: tuple[int, ...]) -> np.ndarray:
-    """Return the weights of a mask, broadcast to the shape of x without its channels."""
-    if is_cuda(value) or isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"mask must be a NumPy array, got {type_name(value)}")
-    weights = np.asarray(value)
+def mask(value: Any, expected: tuple[int, ...]) -> Any:
+    """Return the weights of a mask, broadcast to the shape of x without its channels; unchecked on a device."""
+    if is_foreign(value) or isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"mask must be an array like x, got {type_name(value)}")
+    on_device = is_cupy(value)
+    weights = value if on_device else np.asarray(value)
     if weights.dtype.kind not in "biuf":
         raise TypeError(f"mask must be boolean or floating, got dtype {weights.dtype}")
     try:
-        weights = np.broadcast_to(weights, expected)
+        weights = library(weights).broadcast_to(weights, expected)
     except ValueError:
         raise ValueError(
             f"mask has shape {weights.shape}, expected {expected}, the shape of x without its channel axis, or one "
             "that broadcasts to it"
         ) from None
-    if weights.dtype.kind != "b" and not (np.isfinite(weights).all() and (weights >= 0).all()):
+    if (
+        not on_device
+        and weights.dtype.kind != "b"
+        and not (np.isfinite(weights).all() and (weights >= 0).all())
+    ):
         worst = weights[~(np.isfinite(weights) & (weights >= 0))].flat[0]
         raise ValueError(f"mask must hold finite weights >= 0, got {worst}")
     return weights
@@ -229,21 +238,21 @@ def num_groups(value: Any, channels: int) -> int:
     return groups
 
 
-def statistic(name: str, value: Any, channels: int) -> np.ndarray:
+def statistic(name: str, value: Any, channels: int) -> Any:
     """Return a mean or variance that is read, with one entry per channel."""
     checked = array(name, value)
     shape(name, checked, (channels,))
     return checked
 
 
-def running(name: str, value: Any, channels: int) -> np.ndarray:
+def running(name: str, value: Any, channels: int) -> Any:
     """Return a running statistic that will be updated in place."""
-    if not isinstance(value, np.ndarray):
+    if not isinstance(value, np.ndarray) and not is_cupy(value):
         raise TypeError(f"{name} must be a NumPy array, which is updated in place, got {type_name(value)}")
     if value.dtype not in PARAMETERS:
         raise TypeError(f"{name} has dtype {value.dtype}, expected float32 or float64")
     shape(name, value, (channels,))
-    if not value.flags.writeable:
+    if not _writeable(value):
         raise ValueError(f"{name} is read-only, but is updated in place")
     return value
 
@@ -282,12 +291,29 @@ def disjoint_from_parameters(name: str, value: np.ndarray | None, weight: Any, b
 
 def out(name: str, value: Any, expected_shape: tuple[int, ...], expected_dtype: np.dtype[Any]) -> None:
     """Refuse a result buffer that cannot take the result."""
-    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+    if is_cupy(value):
+        pass
+    elif not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a NumPy array, got {type_name(value)}")
     shape(name, value, expected_shape)
     dtype(name, value, expected_dtype)
-    if not value.flags.writeable:
+    if not _writeable(value):
         raise ValueError(f"{name}: output array is read-only")
+
+
+def _writeable(x: Any) -> bool:
+    """Whether an array may be written; on a device they all may."""
+    return bool(x.flags.writeable) if isinstance(x, np.ndarray) else True
+
+
+def together(*named: tuple[str, Any]) -> None:
+    """Refuse arrays that are not in the library and on the device of the first one; None is anywhere."""
+    first_name, first = named[0]
+    for name, value in named[1:]:
+        if value is None or (isinstance(value, np.ndarray) and isinstance(first, np.ndarray)):
+            continue
+        if place(value) != place(first):
+            raise TypeError(f"{first_name} is {place(first)}, but {name} is {place(value)}")
 
 
 def disjoint(name: str, value: np.ndarray, others: Iterable[tuple[str, Any]], reason: str = "") -> None:
@@ -301,6 +327,8 @@ def overlap(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two arrays have an element in common; True where that is too hard to tell."""
     if a is b:
         return a.size > 0
+    if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray):
+        return type(a) is type(b) and bool(library(a).may_share_memory(a, b))
     if (a.base is None and b.base is None) or not np.may_share_memory(a, b):
         return False
     try:
@@ -365,3 +393,42 @@ def count(name: str, value: Any) -> int:
     if number.size != 1 or number.dtype.kind not in "iu" or number.item() < 0:
         raise ValueError(f"{name} must be an integer >= 0, got {value!r}")
     return int(number.item())
+
+
+def normalized_shape(value: Any) -> tuple[int, ...]:
+    """Return the shape that a layer normalizes over, from one length or several."""
+    lengths = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if not lengths:
+        raise ValueError("normalized_shape must be a positive integer or several, got ()")
+    return tuple(positive_integer("normalized_shape", length) for length in lengths)
+
+
+def trailing_shape(expected: tuple[int, ...], x: np.ndarray) -> None:
+    """Compare the trailing dimensions of x with those of a layer."""
+    if x.shape[-len(expected) :] != expected:
+        raise ValueError(f"normalized_shape {expected} does not match trailing dimensions of x {x.shape}")
+
+
+def array_library(name: str, value: Any) -> Any:
+    """Return a library that makes arrays as NumPy does."""
+    if not all(hasattr(value, needed) for needed in ("asarray", "ones", "zeros", "zeros_like")):
+        raise TypeError(f"{name} must be a library of arrays such as numpy or cupy, got {value!r}")
+    return value
+
+
+def not_a_result(name: str, value: Any, buffers: Iterable[np.ndarray]) -> None:
+    """Refuse an input in the memory of a result that the layer is about to write again."""
+    if isinstance(value, np.ndarray) and any(overlap(value, buffer) for buffer in buffers):
+        raise ValueError(
+            f"{name} shares memory with an earlier result of this layer, which reuse_buffers=True writes again; "
+            "copy it first"
+        )
+
+
+def pair(name: str, value: Any) -> tuple[Any, Any]:
+    """Return two result buffers, each of which may be None."""
+    if value is None:
+        return None, None
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise ValueError(f"{name} must be a tuple of 2 arrays or None (dx, dresidual), got {value!r:.80}")
+    return value

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm import _batch, _call, _checks, _masks, running
+from nbnorm import _batch, _call, _checks, _layout, _masks, running
 from nbnorm._batch import Training
 from nbnorm._call import Call, Options
 from nbnorm._dispatch import backend
@@ -36,7 +36,7 @@ def forward_training(
         return _batch.forward_training(call, running_mean, running_var, settings)
     axis = _checks.axis("channel_axis", channel_axis, call.source.ndim)
     pair = _batch.running_pair(call, running_mean, running_var)
-    y = np.empty_like(call.source, subok=False) if call.out is None else call.out
+    y = _layout.empty_like(call.source) if call.out is None else call.out
     where = slices(call.source.shape, axis, size)
     calls = list(_parts(call, where, axis, options, y))
     for part in calls:
@@ -48,7 +48,8 @@ def forward_training(
         settings = settings._replace(rule=settings.rule._replace(nonfinite="propagate"))
     parts = tuple(_normalize(part, pair, settings) for part in calls)
     saved = _call.save(
-        call, "batch_norm", np.stack([np.asarray(part.mean) for part in parts]), np.stack([part.rstd for part in parts]),
+        call, "batch_norm", np.stack([part.mean for part in parts if part.mean is not None]),
+        np.stack([part.rstd for part in parts]),
         _batch.count_of(call), None, False, parts=parts,
         places=tuple(where), whole=_moments(calls, parts),
     )  # fmt: skip

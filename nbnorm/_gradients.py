@@ -65,11 +65,12 @@ def check_whole(saved: Saved) -> None:
         raise ValueError("saved comes from a call with virtual_batch_size; use batch_norm_backward")
 
 
-def gradient(dy: Any, saved: Saved) -> Array:
+def gradient(dy: Any, saved: Saved) -> Any:
     """Return a checked dy in the memory order of x."""
     dy = _checks.array("dy", dy)
     _checks.shape("dy", dy, saved.x.shape)
     _checks.dtype("dy", dy, saved.x.dtype)
+    _checks.together(("x", saved.x), ("dy", dy))
     return _layout.arrange(dy, saved.x)
 
 
@@ -144,12 +145,12 @@ def _differentiate_parts(
 ) -> tuple[Array | None, Array | None, Any]:
     """Differentiate each virtual batch, into its part of the results; the parameters' gradients are added."""
     dx, dresidual = _room(dy, saved, out, out_residual, inputs[1])
-    total = np.zeros((2, saved.rstd.shape[-1])) if with_parameters else None
+    total: Any = None
     for where, part in zip(saved.places, saved.parts, strict=True):
         own = dx[1][where], None if dresidual[1] is None else dresidual[1][where]
         _, _, sums = _differentiate(gradient(dy[where], part), part, inputs, with_parameters, *own)
-        if total is not None:
-            total += sums
+        if with_parameters:
+            total = sums if total is None else (total[0] + sums[0], total[1] + sums[1])
     return _layout.deliver(dx[1], dx[0]) if inputs[0] else None, _delivered(dresidual), total
 
 
@@ -193,6 +194,7 @@ def _buffers(
             raise ValueError(f"out[{i}] was given, but {name} is not computed")
         if buffer is not None and like is not None:
             _checks.out(f"out[{i}]", buffer, like.shape, like.dtype)
+            _checks.together(("x", saved.x), (f"out[{i}]", buffer))
             _checks.disjoint_from_parameters(f"out[{i}]", buffer, saved.weight, saved.bias)
             _checks.disjoint(f"out[{i}]", buffer, [(f"out[{k}]", out[k]) for k in range(i)])
     return out

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from nbnorm import _checks
+from nbnorm._dispatch import library
 from nbnorm._view import View, memory_order
 from nbnorm.saved import Saved
 
@@ -16,11 +18,18 @@ def order(x: np.ndarray) -> tuple[int, ...] | None:
     return memory_order(x.shape, x.strides, x.itemsize)
 
 
-def pack(x: np.ndarray) -> np.ndarray:
+def pack(x: np.ndarray) -> Any:
     """Copy an array into memory without gaps, its axes in the same order."""
-    packed = np.empty_like(x, subok=False)
+    packed = empty_like(x)
     packed[...] = x
     return packed
+
+
+def empty_like(x: Any) -> Any:
+    """Return a new array of the shape, type, memory order and library of another one."""
+    if isinstance(x, np.ndarray):
+        return np.empty_like(x, subok=False)
+    return library(x).empty_like(x)
 
 
 Planner = Callable[[tuple[int, ...], tuple[int, ...], int], View | None]
@@ -40,41 +49,46 @@ def plan(
         view = planner(x.shape, x.strides, x.itemsize)
     if view is not None:
         return x, view, None
-    packed = np.ascontiguousarray(x.transpose(fallback)).transpose(np.argsort(fallback))
+    packed = library(x).ascontiguousarray(x.transpose(fallback)).transpose(inverse(fallback))
     view = planner(packed.shape, packed.strides, packed.itemsize)
     assert view is not None
     axes = sorted(range(x.ndim), key=lambda axis: -x.strides[axis])
     return packed, view, tuple(axes)
 
 
-def result(saved: Saved) -> np.ndarray:
+def result(saved: Saved) -> Any:
     """Return a new array for dx in the memory order of the x that came."""
     if saved.order is None:
-        return np.empty_like(saved.x)
-    memory = np.empty([saved.x.shape[axis] for axis in saved.order], saved.x.dtype)
-    return memory.transpose(np.argsort(saved.order))
+        return empty_like(saved.x)
+    memory = library(saved.x).empty([saved.x.shape[axis] for axis in saved.order], saved.x.dtype)
+    return memory.transpose(inverse(saved.order))
 
 
-def arrange(x: np.ndarray, like: np.ndarray) -> np.ndarray:
+def inverse(axes: Sequence[int]) -> tuple[int, ...]:
+    """Return the transposition that undoes another one."""
+    return tuple(int(axis) for axis in np.argsort(axes))
+
+
+def arrange(x: np.ndarray, like: np.ndarray) -> Any:
     """Return an array of equal shape in the memory order of another one, copied only if it differs."""
     if x.strides == like.strides or order(x) == order(like):
         return x
-    arranged = np.empty_like(like)
+    arranged = empty_like(like)
     arranged[...] = x
     return arranged
 
 
-def workspace(out: np.ndarray | None, like: np.ndarray, *inputs: np.ndarray) -> np.ndarray:
+def workspace(out: np.ndarray | None, like: np.ndarray, *inputs: np.ndarray) -> Any:
     """Return where a kernel may write: ``out`` itself, or a new array if its memory does not allow that.
 
     A buffer that coincides with an input is fine, since every element is read before it is written; one
     that overlaps an input otherwise, or is laid out differently, is filled from the new array by `deliver`.
     """
     if out is None or order(out) != order(like):
-        return np.empty_like(like)
+        return empty_like(like)
     for x in inputs:
         if _checks.overlap(out, x) and _address(out) != _address(x):
-            return np.empty_like(like)
+            return empty_like(like)
     return out
 
 
@@ -88,4 +102,6 @@ def deliver(work: np.ndarray, out: np.ndarray | None) -> np.ndarray:
 
 def _address(x: np.ndarray) -> int:
     """Return where the first element lies."""
+    if not isinstance(x, np.ndarray):
+        return int(x.data.ptr)
     return int(x.__array_interface__["data"][0])

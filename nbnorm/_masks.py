@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm import _checks
+from nbnorm._dispatch import library
 from nbnorm._options import Mask
 from nbnorm._view import View, memory_order
 
@@ -19,12 +20,13 @@ def arrange(weights: Array, x: Array, view: View, channel_axis: int) -> Mask:
     order = memory_order(x.shape, x.strides, x.itemsize)
     assert order is not None
     axes = [axis for axis in range(x.ndim) if axis not in order] + list(order)
-    spread = np.expand_dims(weights, channel_axis).transpose(axes).reshape(-1)
+    xp = library(x)
+    spread = xp.expand_dims(xp.asarray(weights), channel_axis).transpose(axes).reshape(-1)
     rows = view.slots // view.period if view.period else 0
     lines = spread.reshape(rows, -1) if rows else spread.reshape(0, 0)
     computing = np.float64 if x.itemsize == 8 else np.float32
     counts = lines.sum(axis=1, dtype=np.float64) * view.width
-    return Mask(np.ascontiguousarray(lines, dtype=computing), counts)
+    return Mask(xp.ascontiguousarray(lines, dtype=computing), counts)
 
 
 def single(mask: Mask | None, view: View) -> bool:
@@ -34,12 +36,12 @@ def single(mask: Mask | None, view: View) -> bool:
     return bool(mask.counts.size == 1 and mask.counts[0] == 1.0 and np.count_nonzero(mask.weights) == 1)
 
 
-def without_uncounted(x: Array, mask: Mask, sample_axis: int) -> Array:
+def without_uncounted(x: Array, mask: Mask, sample_axis: int) -> Any:
     """Return x with zeros wherever no value counts at all, so that its NaN leave no trace there."""
     empty = mask.counts == 0.0
     if not empty.any():
         return x
-    cleaned = np.empty_like(x)
+    cleaned = library(x).empty_like(x)
     cleaned[...] = x
     where: list[Any] = [slice(None)] * x.ndim
     if empty.size > 1:
@@ -48,6 +50,6 @@ def without_uncounted(x: Array, mask: Mask, sample_axis: int) -> Array:
     return cleaned
 
 
-def check(value: Any, x_shape: Sequence[int], channel_axis: int) -> Array:
+def check(value: Any, x_shape: Sequence[int], channel_axis: int) -> Any:
     """Return checked weights, broadcast to the shape of x without its channels."""
     return _checks.mask(value, tuple(n for axis, n in enumerate(x_shape) if axis != channel_axis))

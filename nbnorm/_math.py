@@ -6,6 +6,7 @@ float64 for float64 arrays and float32 for all others (an array ``like`` stands 
 
 from __future__ import annotations
 
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,11 @@ def by_type(function: Any) -> Any:
     Python calls the function itself, kernels what the chooser returns.
     """
     return overload(function, jit_options=INNER)  # type: ignore[arg-type]
+
+
+def is_none(given: Any) -> bool:
+    """Whether an argument, or its type while a kernel compiles, is that of None."""
+    return given is None or isinstance(given, types.NoneType | types.Omitted)
 
 
 def rounded(value, like):
@@ -75,7 +81,7 @@ def settled(total, rest):
 @formula
 def reciprocal_std(m2, n, eps):
     """1 / sqrt(var + eps) with the biased variance, the one that normalizes; 0 without values."""
-    return 0.0 if n == 0.0 else 1.0 / np.sqrt(m2 / n + eps)
+    return 0.0 if n == 0.0 else 1.0 / sqrt(m2 / n + eps)
 
 
 @formula

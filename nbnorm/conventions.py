@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from nbnorm import _checks
-from nbnorm._dispatch import type_name
-from nbnorm.layers import BatchNorm
+from nbnorm._libraries import type_name
+from nbnorm.batch_layer import BatchNorm
 from nbnorm.moments import Moments
 
 Array = np.ndarray
@@ -233,7 +233,7 @@ def fold_batch_norm(
     bias : array_like, shape (C,), or None
         None counts as 0.
     norm : BatchNorm
-        The layer behind, with C channels and running statistics; its mode does not matter.
+        The layer behind, with C channels, running statistics and no activation; its mode does not matter.
     output_axis : int
         The axis of weight that counts the output channels:
 
@@ -277,6 +277,8 @@ def fold_batch_norm(
     weight = _checks.array("weight", weight)
     _checks.instance("norm", norm, BatchNorm)
     axis = _checks.axis("output_axis", output_axis, weight.ndim)
+    if norm.activation is not None:
+        raise ValueError(f"norm has activation={norm.activation!r}, which no weight and bias can stand for")
     groups = _checks.positive_integer("groups", groups)
     _channels(weight, norm.num_features, axis, groups)
     if bias is not None:

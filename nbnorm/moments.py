@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm import _checks, _cpu
+from nbnorm import _checks
+from nbnorm._dispatch import backend, library
+from nbnorm._libraries import is_cupy
+
+
+def _wide(values: Any) -> np.ndarray:
+    """Return statistics as a contiguous float64 array where they are."""
+    xp = library(values) if is_cupy(values) else np
+    return xp.ascontiguousarray(values, dtype=np.float64)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,8 +59,7 @@ class Moments:
 
     def __post_init__(self) -> None:
         count = np.float64(self.count)
-        mean = np.ascontiguousarray(self.mean, dtype=np.float64)
-        m2 = np.ascontiguousarray(self.m2, dtype=np.float64)
+        mean, m2 = _wide(self.mean), _wide(self.m2)
         if mean.shape != m2.shape:
             raise ValueError(f"m2 has shape {m2.shape}, expected {mean.shape}, the shape of mean")
         if not (0.0 <= count < np.inf):
@@ -82,22 +89,28 @@ class Moments:
         """
         _checks.instance("other", other, Moments)
         _checks.shape("other.mean", other.mean, self.mean.shape)
-        return Moments(*_cpu.merge_moments(self.count, self.mean, self.m2, other.count, other.mean, other.m2))
+        if type(self.mean) is not type(other.mean) and 0.0 in (self.count, other.count):
+            return self if other.count == 0.0 else other  # `empty` is anywhere
+        _checks.together(("self.mean", self.mean), ("other.mean", other.mean))
+        merged = backend(self.mean).merge_moments(
+            self.count, self.mean, self.m2, other.count, other.mean, other.m2
+        )
+        return Moments(*merged)
 
     def var(self, ddof: int = 0) -> np.ndarray:
         """Return m2 / (count - ddof): biased for ``ddof=0``, unbiased for ``ddof=1``; NaN without enough data."""
         freedom = self.count - ddof
         if freedom <= 0.0:
-            return np.full(self.m2.shape, np.nan)
-        return np.asarray(self.m2 / freedom)
+            return library(self.m2).full(self.m2.shape, np.nan)  # type: ignore[no-any-return]
+        return library(self.m2).asarray(self.m2 / freedom)  # type: ignore[no-any-return]
 
     def std(self, ddof: int = 0) -> np.ndarray:
         """Return the square root of `var`."""
-        return np.asarray(np.sqrt(self.var(ddof)))
+        return library(self.m2).sqrt(self.var(ddof))  # type: ignore[no-any-return]
 
     def rstd(self, eps: float) -> np.ndarray:
         """Return 1 / sqrt(var + eps), the factor that normalizes."""
-        return np.asarray(_cpu.rstd(self.m2, self.count, _checks.eps(eps)))
+        return backend(self.m2).rstd(self.m2, self.count, _checks.eps(eps))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,7 +137,7 @@ class GradSums:
 
     def __post_init__(self) -> None:
         for name in ("sum_dz", "sum_dz_x_hat"):
-            object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=np.float64))
+            object.__setattr__(self, name, _wide(getattr(self, name)))
         _checks.shape("sum_dz_x_hat", self.sum_dz_x_hat, self.sum_dz.shape)
 
     def merge(self, other: GradSums) -> GradSums:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nbnorm import _checks
-from nbnorm._dispatch import backend
+from nbnorm._dispatch import backend, library
 from nbnorm.moments import Moments
 
 Pair = tuple[np.ndarray, np.ndarray]
@@ -93,7 +93,8 @@ def update(pair: Pair, mean: np.ndarray, var: np.ndarray | None, rule: Rule) -> 
     """Update checked buffers, the variance only if there is one; return how many channels were left out."""
     if rule.momentum == 0.0:
         return 0
-    running_mean, running_var = (np.ascontiguousarray(buffer) for buffer in pair)
+    _checks.together(("the batch", mean), ("running_mean", pair[0]), ("running_var", pair[1]))
+    running_mean, running_var = (library(buffer).ascontiguousarray(buffer) for buffer in pair)
     skipped: int = backend(mean).update_running(
         running_mean, running_var, mean, var, rule.momentum, rule.nonfinite == "skip"
     )

@@ -551,6 +551,12 @@ FAULTS = [
         "bias dtype", some(bias=np.arange(8)), TypeError, r"bias has dtype int64; cast to float32 or float64"
     ),
     Fault("weight dtype", some(weight=np.ones((8, 4), int)), TypeError, r"weight has dtype int64; cast to"),
+    Fault(
+        "activation",
+        some(norm=nbnorm.BatchNorm(8, activation="relu")),
+        ValueError,
+        "norm has activation='relu', which no weight and bias can stand for",
+    ),
     Fault("norm", some(norm=None), TypeError, r"norm must be a nbnorm.BatchNorm, got NoneType"),
     Fault(
         "untracked",

@@ -456,7 +456,8 @@ def input_grad_kernel(
 
 @Twins
 def backward_kernel(
-    g, x, dy, dx, dresidual, mean, rstd, weight, bias, residual, activation, weights, sum_dz, sum_dz_x_hat, count, counts
+    g, x, dy, dx, dresidual, mean, rstd, weight, bias, residual, activation, weights, sum_dz, sum_dz_x_hat,
+    count, counts,
 ):  # fmt: skip
     """One block per task: its sums, then its dx from cache."""
     cut = unpack(g)

@@ -11,7 +11,17 @@ from nbnorm._activation import activate, activation_gradient
 from nbnorm._cpu.halves import narrow, widen
 from nbnorm._cpu.launch import helper, reduction
 from nbnorm._cpu.tiles import add_rows, corrected, part, settle_rows, trusted
-from nbnorm._math import accumulate, add, input_gradient, normalize, rounded, settled, standardize
+from nbnorm._math import (
+    accumulate,
+    add,
+    by_type,
+    input_gradient,
+    is_none,
+    normalize,
+    rounded,
+    settled,
+    standardize,
+)
 
 # Rows summed in the array's own type before float64 takes over.
 TILE_ROWS = 128
@@ -294,11 +304,27 @@ def push_four_grads(sum_dz, sum_dz_x_hat, mean_hi, rstd, xa, xb, xc, xd, a, b, c
         )
 
 
-@helper
 def summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room, first, n, r, at):
     """Lanes of x and dz of row ``r``: as they are, or computed into room ``at``, as `planes.summands` does."""
-    if room is None:
-        return row(x, first, n), row(dy, first, n)
+    given = (x, dy, residual, weights, mean_hi, scale, shift, activation, room, first, n, r, at)
+    return _summands(*given)(*given)
+
+
+@by_type(summands)
+def _summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room, first, n, r, at):
+    if is_none(room):
+        return lambda x, dy, residual, weights, mean_hi, scale, shift, activation, room, first, n, r, at: (
+            row(x, first, n),
+            row(dy, first, n),
+        )
+    return lambda x, dy, residual, weights, mean_hi, scale, shift, activation, room, first, n, r, at: (
+        computed_summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room, first, n, r, at)
+    )
+
+
+@helper
+def computed_summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room, first, n, r, at):
+    """Write x and dz of one row out."""
     x_room, dz_room = room[at, 0, :n], room[at, 1, :n]
     fill_summands(
         row(x, first, n), row(dy, first, n), part(residual, first, first + n), mean_hi, scale, shift, activation,

@@ -39,8 +39,10 @@ from nbnorm._math import (
     accumulate,
     add,
     affine,
+    by_type,
     gradient_terms,
     input_gradient,
+    is_none,
     normalize,
     recentered,
     reciprocal_std,
@@ -182,15 +184,28 @@ def piece_grad_sums(x, dz, mean_hi, rstd):
     return sum_dz, sum_dz_x_hat
 
 
-@helper
 def summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room):
-    """x and dz of one piece: as they are, or computed into ``room`` where they depend on options.
+    """x and dz of one piece: as they are, or computed into ``room`` where they depend on options."""
+    given = (x, dy, residual, weights, mean_hi, scale, shift, activation, room)
+    return _summands(*given)(*given)
 
-    Being written out, dz takes part in the same sums, and gives the same bits, as one that comes from outside.
-    What neither counts nor has a gradient may be NaN; it takes part as 0.
+
+@by_type(summands)
+def _summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room):
+    if is_none(room):
+        return lambda x, dy, residual, weights, mean_hi, scale, shift, activation, room: (x, dy)
+    return lambda x, dy, residual, weights, mean_hi, scale, shift, activation, room: computed_summands(
+        x, dy, residual, weights, mean_hi, scale, shift, activation, room
+    )
+
+
+@helper
+def computed_summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room):
+    """Write x and dz of one piece out.
+
+    So dz takes part in the same sums, and gives the same bits, as one that comes from outside. What neither counts
+    nor has a gradient may be NaN; it takes part as 0.
     """
-    if room is None:
-        return x, dy
     n = x.shape[0]
     x_room, dz_room = room[0, :n], room[1, :n]
     for i in range(n):
@@ -203,10 +218,9 @@ def summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room):
             if residual is not None:
                 z += widen(residual[i])
             d = activation_gradient(d, z, activation)
+        x_room[i] = mean_hi if absent else value
         dz_room[i] = rounded(0.0, x) if absent else d
-        if weights is not None:
-            x_room[i] = mean_hi if absent else value
-    return x if weights is None else x_room, dz_room
+    return x_room, dz_room
 
 
 @helper
@@ -425,7 +439,8 @@ def input_grad_kernel(
 
 @Twins
 def backward_kernel(
-    g, x, dy, dx, dresidual, mean, rstd, weight, bias, residual, activation, weights, sum_dz, sum_dz_x_hat, count, counts
+    g, x, dy, dx, dresidual, mean, rstd, weight, bias, residual, activation, weights, sum_dz, sum_dz_x_hat,
+    count, counts,
 ):  # fmt: skip
     """One slot per task: its sums, then its dx from cache."""
     cut = unpack(g)

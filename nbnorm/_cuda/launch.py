@@ -1,0 +1,193 @@
+"""Launch configurations as data, chosen by pure functions of a view, and how a kernel is started.
+
+Nothing here waits for the device. Configurations depend on shapes and on whether memory is aligned, never on data
+or on the device's load, so that results have the same bits in every run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from nbnorm._cuda import arrays
+from nbnorm._cuda.collective import WARP
+from nbnorm._cuda.columns import TILE_ROWS
+from nbnorm._cuda.memory import BLOCK, SIMULATED, VECTOR_BYTES, itemsize
+from nbnorm._cuda.pieces import ELEMENT, RUN, SLOT
+from nbnorm._cuda.rows import BAND_ROWS
+from nbnorm._view import View
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What configurations may use.
+
+    Attributes
+    ----------
+    teams : tuple of (int, int)
+        Warps of a team and the elements that each of its threads may hold, from the smallest team on.
+    held : int
+        Elements that a thread of a streaming kernel holds.
+    busy : int
+        Warps that keep the device busy: first passes are cut into about as many chunks.
+    """
+
+    teams: tuple[tuple[int, int], ...]
+    held: int
+    busy: int
+
+
+# Spans from the register counts of gpu.md's trials: 32 floats of x take 48 registers, 64 take 90, none spills; backward
+# holds x, dy and two sums of each element and gets half. `busy`: four warps on each quarter of 132 multiprocessors.
+_DEVICE = Limits(teams=((1, 32), (4, 32), (8, 32), (16, 32), (16, 64)), held=16, busy=2112)
+# In the simulator a thread is one of the operating system: few of them, yet more than one warp and one step.
+_SIMULATOR = Limits(teams=((1, 16), (2, 32)), held=8, busy=4)
+LIMITS = _SIMULATOR if SIMULATED else _DEVICE
+# Positions of a chunk at most, of the pieces that one warp reads.
+MAX_PIECES = 64
+
+
+@dataclass(frozen=True)
+class Lines:
+    """How slots or their runs are read along segments.
+
+    Attributes
+    ----------
+    width, steps, warps : int
+        See `pieces.Build`.
+    values, length, pitch : int
+        Values of a unit, neighbours of a segment, and elements between the starts of segments.
+    jump, turn : int
+        One stride of a team: elements with the whole rows in it, columns without them.
+    chunk, chunks : int
+        Positions of a chunk, and chunks of a unit.
+    """
+
+    width: int
+    steps: int
+    warps: int
+    values: int
+    length: int
+    pitch: int
+    jump: int
+    turn: int
+    chunk: int
+    chunks: int
+
+
+def parameter_rule(view: View) -> int:
+    """Return what shares a parameter: a slot, a run of elements, or nothing."""
+    if view.width == 1:
+        return SLOT
+    return ELEMENT if view.run == 1 else RUN
+
+
+def vector_width(kind: int, neighbours: int, aligned: bool) -> int:
+    """Return the elements of a vector, all of which must lie in one run of neighbours; 1 for any address."""
+    width = VECTOR_BYTES // itemsize(kind)
+    return width if aligned and neighbours % width == 0 else 1
+
+
+def power_of_two(n: int) -> int:
+    """Return the smallest power of two that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _lines(view: View, length: int, width: int, steps: int, warps: int, chunk: int) -> Lines:
+    values, pitch = view.outer * length, view.group * view.inner
+    rows, turn = divmod(warps * WARP * width, length)
+    chunks = -(-values // chunk)
+    return Lines(width, steps, warps, values, length, pitch, rows * pitch + turn, turn, chunk, chunks)
+
+
+@lru_cache(maxsize=4096)
+def held_lines(view: View, width: int, arrays_held: int) -> Lines | None:
+    """Return the smallest team that holds a slot in registers, None if there is none.
+
+    ``arrays_held``: 1 for x alone, 2 for x and dy.
+    """
+    values = view.values
+    for warps, span in LIMITS.teams:
+        most = span // arrays_held // width
+        steps = power_of_two(-(-values // (warps * WARP * width)))
+        if 0 < steps <= most:
+            return _lines(view, view.inner, width, steps, warps, max(values, 1))
+    return None
+
+
+@lru_cache(maxsize=4096)
+def streamed_lines(view: View, length: int, width: int) -> Lines:
+    """Return how warps walk along units of outer x length values, cut into enough chunks to fill the device."""
+    steps = max(1, LIMITS.held // width)
+    piece = WARP * width * steps
+    values = view.outer * length
+    units = max(1, view.size // max(values, 1))
+    wanted = -(-LIMITS.busy // units)
+    pieces = max(1, min(MAX_PIECES, -(-values // (piece * wanted))))
+    return _lines(view, length, width, steps, 1, piece * pieces)
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """How columns are read: threads across and down a block, blocks across, rows of a chunk, chunks."""
+
+    width: int
+    across: int
+    deep: int
+    lane_blocks: int
+    chunk: int
+    chunks: int
+    lanes: int
+
+    @property
+    def threads(self) -> tuple[int, int]:
+        """Shape of a block."""
+        return self.across, self.deep
+
+
+@lru_cache(maxsize=4096)
+def column_lanes(view: View, width: int) -> Lanes:
+    """Return the blocks of a walk down columns."""
+    lanes = view.group * view.inner
+    across = min(WARP, power_of_two(-(-lanes // width)))
+    deep = BLOCK // across
+    lane_blocks = -(-lanes // (across * width))
+    wanted = -(-LIMITS.busy * WARP // (BLOCK * lane_blocks * max(view.batch, 1)))
+    rows = -(-view.outer // wanted)
+    chunk = max(deep, min(-(-rows // deep), 8 * TILE_ROWS) * deep)
+    return Lanes(width, across, deep, lane_blocks, chunk, -(-view.outer // chunk), lanes)
+
+
+@dataclass(frozen=True)
+class Bands:
+    """Rows whose parameter gradients are summed together, and how many such bands there are."""
+
+    band: int
+    bands: int
+
+
+@lru_cache(maxsize=4096)
+def row_bands(view: View, warps: int) -> Bands:
+    """Cut rows of one period into bands: short enough for sums in the array's type, enough to fill the device."""
+    rows = view.slots // view.period
+    wanted = -(-LIMITS.busy // (warps * view.period))
+    band = max(1, min(BAND_ROWS, -(-rows // wanted)))
+    return Bands(band, -(-rows // band))
+
+
+def start(kernel: Any, blocks: int, threads: int | tuple[int, int], like: Any, *args: Any) -> None:
+    """Start a kernel on the device and the current stream of an array; arrays become addresses."""
+    if blocks:
+        with arrays.device_of(like) as stream:
+            kernel[blocks, threads, stream](*[arrays.address(arg) for arg in args])
+
+
+def blocks_of(warps: int) -> int:
+    """Blocks of `BLOCK` threads for so many independent warps."""
+    return -(-warps * WARP // BLOCK)
+
+
+def blocks_for(threads: int) -> int:
+    """Blocks of `BLOCK` threads for so many independent threads."""
+    return -(-threads // BLOCK)

@@ -1,0 +1,180 @@
+"""What the operators do with tensors: call nbnorm's functions on their memory, gradients not yet thought of.
+
+The record between the two passes is tensors only, so that PyTorch can keep, offload or recompute it; the
+plan, which is cached, is made anew for the backward pass.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nbnorm import _call, functional, group_norms, layer_norms, running
+from nbnorm.moments import Moments
+from nbnorm.saved import Saved
+from nbnorm.torch._bridge import array, optional, tensor, with_torch_threads
+
+MaybeTensor: TypeAlias = Tensor | None
+
+
+class Spec(NamedTuple):
+    """Which norm: ``size`` is the number of groups, or of normalized axes, where there are such; then what follows."""
+
+    norm: str
+    size: int
+    eps: float
+    activation: str = ""
+
+
+class Inputs(NamedTuple):
+    """The tensors that a call has gradients of."""
+
+    x: Tensor
+    weight: MaybeTensor = None
+    bias: MaybeTensor = None
+    residual: MaybeTensor = None
+
+
+class Statistics(NamedTuple):
+    """What normalized x, in float64; ``mean`` is missing for RMS norm, ``m2`` but for batch norm's training."""
+
+    mean: MaybeTensor
+    rstd: Tensor
+    m2: MaybeTensor = None
+
+
+class Running(NamedTuple):
+    """Running statistics, and the weight of a new batch in them."""
+
+    mean: Tensor
+    var: Tensor
+    momentum: float
+
+
+Gradients: TypeAlias = tuple[MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]
+
+
+@with_torch_threads
+def inference(inputs: Inputs, mean: Tensor, var: Tensor, spec: Spec) -> Tensor:
+    """Normalize by given statistics; nothing is kept."""
+    y = torch.empty_like(inputs.x)
+    x, weight, bias, residual = map(optional, inputs)
+    functional.batch_norm_inference(
+        x, array(mean), array(var), weight, bias, eps=spec.eps, activation=spec.activation or None,
+        residual=residual, out=array(y),
+    )  # fmt: skip
+    return y
+
+
+@with_torch_threads
+def forward(
+    inputs: Inputs, spec: Spec, constants: tuple[Tensor, Tensor] | None = None, tracked: Running | None = None
+) -> tuple[Tensor, Statistics]:
+    """Normalize by x's own statistics, which enter ``tracked``, or by the constant mean and variance."""
+    y = torch.empty_like(inputs.x)
+    x, weight, bias, residual = map(optional, inputs)
+    options: dict[str, Any] = {"eps": spec.eps, "out": array(y)}
+    if spec.norm == "layer_norm":
+        saved = layer_norms.layer_norm_forward(x, weight, bias, axis=_axes(spec), **options)[1]
+    elif spec.norm == "rms_norm":
+        saved = layer_norms.rms_norm_forward(x, weight, axis=_axes(spec), **options)[1]
+    elif spec.norm == "group_norm":
+        saved = group_norms.group_norm_forward(x, spec.size, weight, bias, **options)[1]
+    elif spec.norm == "instance_norm":
+        saved = group_norms.instance_norm_forward(x, weight, bias, **options)[1]
+    else:
+        options |= {"activation": spec.activation or None, "residual": residual}
+        given = (None, None) if constants is None else map(array, constants)
+        training = constants is None
+        saved = functional.batch_norm_forward(x, weight, bias, *given, training=training, **options)[1]
+        if tracked is not None and saved.moments is not None:
+            _blend(tracked, saved.moments)
+    mean, m2 = (None if values is None else tensor(values) for values in (saved.mean, saved.m2))
+    return y, Statistics(mean, tensor(saved.rstd), m2)
+
+
+def _axes(spec: Spec) -> tuple[int, ...]:
+    """Axes that layer and RMS norm normalize."""
+    return tuple(range(-spec.size, 0))
+
+
+def update_running(tracked: Running, count: float, mean: Tensor, m2: Tensor) -> None:
+    """Let the moments of a batch enter the running statistics."""
+    _blend(tracked, Moments(count, array(mean), array(m2)))
+
+
+def _blend(tracked: Running, moments: Moments) -> None:
+    """Update running statistics of any type; autograd is told that they changed."""
+    buffers = tracked[:2]
+    wide = [b if b.dtype in (torch.float32, torch.float64) else b.float() for b in buffers]
+    running.update_running_stats(array(wide[0]), array(wide[1]), moments, tracked.momentum)
+    for buffer, updated in zip(buffers, wide, strict=True):
+        if buffer is updated:
+            torch.autograd.graph.increment_version(buffer)
+        else:
+            buffer.copy_(updated)
+
+
+@with_torch_threads
+def backward(
+    dy: Tensor, inputs: Inputs, statistics: Statistics, spec: Spec, constant: bool, need: tuple[bool, ...]
+) -> Gradients:
+    """Return the gradients of the inputs, None for those not needed.
+
+    Without an activation the gradient of a residual is dy itself, and the residual is not in the inputs.
+    """
+    saved = _record(inputs, statistics, spec, constant)
+    names = ["dx", "dweight", "dbias", "dresidual"][: 3 + saved.with_residual]
+    wanted = [name for name, needed in zip(names, need, strict=False) if needed]
+    dx = torch.empty_like(inputs.x) if need[0] else None
+    dresidual = torch.empty_like(inputs.x) if "dresidual" in wanted else None
+    into = (optional(dx), None, None, optional(dresidual))[: len(names)]
+    if spec.norm == "rms_norm":
+        gradients = layer_norms.rms_norm_backward(array(dy), saved, need=wanted, out=into[:2])
+    else:
+        gradients = _BACKWARD[spec.norm](array(dy), saved, need=wanted, out=into)
+    dweight, dbias = (None if g is None else tensor(g) for g in (*gradients[1:], None)[:2])
+    return dx, dweight, dbias, dresidual
+
+
+_BACKWARD: dict[str, Any] = {
+    "batch_norm": functional.batch_norm_backward,
+    "layer_norm": layer_norms.layer_norm_backward,
+    "group_norm": group_norms.group_norm_backward,
+    "instance_norm": group_norms.instance_norm_backward,
+}
+
+
+def _record(inputs: Inputs, statistics: Statistics, spec: Spec, constant: bool) -> Saved:
+    """Rebuild what the forward call handed out; x is packed again if it was packed there."""
+    x, weight, bias, residual = map(optional, inputs)
+    common = (weight, bias, spec.eps)
+    if spec.norm == "batch_norm":
+        options = _call.Options(spec.activation or None, residual)
+        call = _call.batch_call(spec.norm, x, *common, 1, None, options)
+    elif spec.norm in ("layer_norm", "rms_norm"):
+        call, _ = _call.trailing_call(spec.norm, x, _axes(spec), *common, None)
+    else:
+        call, _ = _call.group_call(spec.norm, x, spec.size or None, *common, 1, None)
+    mean, rstd, m2 = map(optional, statistics)
+    assert rstd is not None
+    return _call.save(call, spec.norm, mean, rstd, np.float64(call.view.values), m2, constant)
+
+
+def statistics_shape(shape: torch.Size, spec: Spec) -> tuple[int, ...]:
+    """Shape of mean and rstd."""
+    if spec.norm == "batch_norm":
+        return (shape[1],)
+    if spec.norm in ("layer_norm", "rms_norm"):
+        return tuple(shape[: len(shape) - spec.size])
+    return (shape[0], spec.size or shape[1])
+
+
+def values_per_slot(shape: torch.Size, spec: Spec) -> int:
+    """Return how many values share a mean; 0 for an empty tensor."""
+    slots = prod(statistics_shape(shape, spec))
+    return prod(shape) // slots if slots else 0

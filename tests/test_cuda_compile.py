@@ -1,0 +1,262 @@
+"""The CUDA kernels compiled for real devices, without one: what the compiler makes of them.
+
+Needs numba-cuda and NVIDIA's NVVM (``pip install "nbnorm[cuda13]"``); ptxas (nvidia-cuda-nvcc) tells registers. A test
+process that runs the simulator cannot compile, and the other way round.
+"""
+
+import importlib.util
+import inspect
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+
+if importlib.util.find_spec("numba_cuda") is None:
+    pytest.skip("numba-cuda is not installed", allow_module_level=True)
+
+from numba import types
+
+from nbnorm._cuda import columns, finish, planes, rows
+from nbnorm._cuda.memory import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, SIMULATED
+from nbnorm._cuda.pieces import ELEMENT, RUN, SLOT, Build
+
+FLOATS = {"eps", "count", "momentum", "n_a", "n_b"}
+REGISTERS_OF_A_MULTIPROCESSOR = 65536
+
+
+def row(kind, width, steps, warps, parameters=FLOAT32, **options):
+    """Build for rows whose every element has parameters."""
+    return Build(kind, width, steps, warps, ELEMENT, parameters, parameters, whole=True, **options)
+
+
+def channel(kind, width, steps, warps, rule=SLOT, **options):
+    """Build for slots, or runs of a slot, with float32 parameters."""
+    return Build(kind, width, steps, warps, rule, FLOAT32, FLOAT32, **options)
+
+
+def forward(build):
+    return rows.forward_kernel(build, True)
+
+
+def backward(build):
+    return rows.backward_kernel(build, True, False)
+
+
+def down(build):
+    """Dx down columns."""
+    return columns.input_grad_kernel(build, False, False)
+
+
+RELU, SILU = {"activation": ("relu", 0.0)}, {"activation": ("silu", 0.0)}
+
+
+class Kernel(NamedTuple):
+    """A kernel with what it may cost: threads of its blocks, registers of a thread."""
+
+    name: str
+    make: object
+    build: Build | None
+    threads: int
+    registers: int
+
+    def __str__(self):
+        return self.name
+
+    def compiled(self):
+        """Return the kernel, each made once by its cached factory."""
+        return self.make() if self.build is None else self.make(self.build)
+
+
+# Registers: what ptxas 13.5 took for sm_90 in November 2026, and some room for another version.
+VECTORS = [
+    Kernel("rows forward, a warp", forward, row(FLOAT32, 4, 8, 1), 256, 88),
+    Kernel("rows forward, 8 warps", forward, row(FLOAT32, 4, 8, 8), 256, 88),
+    Kernel("rows forward, 16 warps, 64 values", forward, row(FLOAT32, 4, 16, 16), 512, 128),
+    Kernel("rows forward, uncentered", forward, row(FLOAT32, 4, 8, 8, centered=False), 256, 80),
+    Kernel("rows forward, half", forward, row(FLOAT16, 8, 4, 8), 256, 88),
+    Kernel("rows forward, bfloat16", forward, row(BFLOAT16, 8, 4, 8), 256, 88),
+    Kernel("rows forward, double", forward, row(FLOAT64, 2, 8, 8, FLOAT64), 256, 128),
+    Kernel(
+        "channel forward, residual", forward, channel(FLOAT32, 4, 8, 8, has_residual=True, **RELU), 256, 104
+    ),
+    Kernel("channel forward, masked", forward, channel(FLOAT32, 4, 8, 8, has_mask=True), 256, 144),
+    Kernel("rows backward", backward, row(FLOAT32, 4, 4, 8), 256, 144),
+    Kernel("channel backward, relu", backward, channel(FLOAT32, 4, 4, 8, **RELU), 256, 112),
+    Kernel("rows parameter sums", rows.parameter_sums_kernel, Build(FLOAT32, 4, 1, 1, ELEMENT), 128, 64),
+    Kernel("planes apply, silu", planes.apply_kernel, channel(FLOAT32, 4, 4, 1, **SILU), 256, 72),
+    Kernel("planes apply, runs", planes.apply_kernel, channel(FLOAT32, 4, 4, 1, RUN, whole=True), 256, 96),
+    Kernel(
+        "planes input_grad",
+        lambda b: planes.input_grad_kernel(b, False, False),
+        channel(FLOAT32, 4, 4, 1),
+        256,
+        88,
+    ),
+    Kernel("columns apply", columns.apply_kernel, channel(FLOAT32, 4, 1, 1), 256, 64),
+    Kernel("columns input_grad", down, channel(FLOAT32, 4, 1, 1), 256, 80),
+    Kernel("columns input_grad, half", down, channel(FLOAT16, 8, 1, 1), 256, 128),
+]
+READERS = [
+    Kernel("planes moments", planes.moments_kernel, Build(FLOAT32, 4, 4, 1), 256, 80),
+    Kernel("planes moments, masked", planes.moments_kernel, Build(FLOAT32, 4, 4, 1, has_mask=True), 256, 104),
+    Kernel("planes grad_sums", planes.grad_sums_kernel, Build(FLOAT32, 4, 4, 1), 256, 88),
+    Kernel("columns moments", columns.moments_kernel, Build(FLOAT32, 4, 1, 1), 256, 128),
+    Kernel("columns moments, half", columns.moments_kernel, Build(FLOAT16, 8, 1, 1), 256, 200),
+    Kernel("columns grad_sums", columns.grad_sums_kernel, Build(FLOAT32, 4, 1, 1), 256, 104),
+]
+SMALL = [
+    Kernel("finish moments", lambda: finish.moments_kernel(True), None, 256, 64),
+    Kernel("finish sums", finish.sums_kernel, None, 256, 40),
+    Kernel("weigh", lambda: finish.weigh_kernel(FLOAT32), None, 256, 48),
+    Kernel("fold", lambda: finish.fold_kernel(FLOAT32), None, 256, 40),
+    Kernel("rstd", lambda: finish.rstd_kernel(True), None, 256, 40),
+    Kernel("merge", finish.merge_kernel, None, 256, 48),
+    Kernel("update", lambda: finish.update_kernel(FLOAT32, FLOAT32, True, True), None, 256, 40),
+]
+SCALAR = [
+    Kernel("rows forward, single elements", forward, row(FLOAT32, 1, 32, 8), 256, 128),
+    Kernel("columns moments, single elements", columns.moments_kernel, Build(FLOAT32, 1, 1, 1), 256, 96),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_device():
+    """Let functions that kernels call be compiled for a device that is not there."""
+    if SIMULATED:
+        pytest.skip("the simulator does not compile")
+    import numba.cuda.dispatcher as dispatcher
+
+    before = dispatcher.get_current_device
+    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=(9, 0))
+    yield
+    dispatcher.get_current_device = before
+
+
+@cache
+def ptx(kernel, cc=(9, 0)):
+    """Compile a kernel (a cached factory makes each once) as its launcher does: addresses and sizes are int64."""
+    from numba import cuda
+
+    python = kernel.py_func
+    arguments = [
+        types.float64 if name in FLOATS else types.int64 for name in inspect.signature(python).parameters
+    ]
+    try:
+        text, _ = cuda.compile(
+            python, types.void(*arguments), cc=cc, output="ptx", device=False, abi="numba",
+            launch_bounds=kernel.targetoptions["launch_bounds"],
+        )  # fmt: skip
+    except RuntimeError as error:  # pragma: no cover
+        pytest.skip(f"NVVM is not installed: {error}")
+    return text
+
+
+def assembler():
+    """Return the path of ptxas, of the wheel or of a toolkit."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations if spec else ():
+        for found in sorted(Path(folder).glob("*/bin/ptxas")):
+            return str(found)
+    return shutil.which("ptxas")
+
+
+def resources(text, folder, arch):
+    """Return registers of a thread and bytes of stack and spills, as ptxas tells them."""
+    ptxas = assembler()
+    if ptxas is None:
+        pytest.skip("ptxas is not installed")
+    source = folder / "kernel.ptx"
+    # Any ptxas since 13.0 takes this version; the code needs none of the later ones.
+    source.write_text(re.sub(r"\.version \d+\.\d+", ".version 8.8", text))
+    command = [ptxas, "-v", f"-arch={arch}", str(source), "-o", str(folder / "kernel.cubin")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", done.stderr))
+    waste = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", done.stderr)
+    return registers, sum(map(int, waste))
+
+
+@pytest.mark.parametrize("kernel", [*VECTORS, *READERS, *SMALL, *SCALAR], ids=str)
+def test_registers(kernel, tmp_path):
+    """Everything stays in registers, and a block's registers fit into a multiprocessor."""
+    text = ptx(kernel.compiled())
+    assert ".local" not in text
+    registers, waste = resources(text, tmp_path, "sm_90")
+    assert waste == 0 or (kernel in SCALAR and waste <= 64)
+    assert registers <= kernel.registers
+    assert registers * kernel.threads <= REGISTERS_OF_A_MULTIPROCESSOR
+
+
+def global_accesses(text):
+    """Bytes of every access to global memory: loads, stores."""
+    size = {"v2.f64": 16, "v4.f32": 16, "v4.b32": 16, "v4.u32": 16, "v2.u64": 16, "v2.b64": 16}
+
+    def bytes_of(kind):
+        known = size.get(kind)
+        return known if known else int(kind.lstrip("vfbus24.") or kind[1:]) // 8
+
+    found = {}
+    for direction in ("ld", "st"):
+        kinds = re.findall(rf"\b{direction}\.global(?:\.[a-z]+)*?\.((?:v\d\.)?[fbus]\d+)\b", text)
+        found[direction] = [bytes_of(kind) for kind in kinds]
+    return found["ld"], found["st"]
+
+
+@pytest.mark.parametrize("kernel", VECTORS, ids=str)
+def test_vectors_of_16_bytes(kernel):
+    """Elements are written 16 bytes at a time; what is written singly are statistics."""
+    loads, stores = global_accesses(ptx(kernel.compiled()))
+    assert loads.count(16) > 0
+    assert stores.count(16) > 0
+    assert set(stores) <= {8, 16}, "an element is stored alone"
+    assert loads.count(2) <= 1, "one half is loaded alone at most, the base of the mean"
+
+
+@pytest.mark.parametrize("kernel", READERS, ids=str)
+def test_first_passes_read_vectors(kernel):
+    loads, stores = global_accesses(ptx(kernel.compiled()))
+    assert loads.count(16) > 0
+    assert set(stores) == {8}, "partial results are float64"
+
+
+@pytest.mark.parametrize("kernel", SCALAR, ids=str)
+def test_single_elements_need_no_alignment(kernel):
+    loads, stores = global_accesses(ptx(kernel.compiled()))
+    assert 16 not in loads + stores
+
+
+def double_arithmetic(text):
+    return len(
+        re.findall(
+            r"\b(?:add|sub|mul|div|fma|cvt|max|min)(?:\.rn|\.rz|\.approx)*\.(?:f64|f32\.f64|f64\.f32)", text
+        )
+    )
+
+
+FACTORIES = {
+    "forward": lambda steps: forward(row(FLOAT32, 4, steps, 4)),
+    "backward": lambda steps: backward(row(FLOAT32, 4, steps, 4)),
+    "moments": lambda steps: planes.moments_kernel(Build(FLOAT32, 4, steps, 1)),
+    "apply": lambda steps: planes.apply_kernel(channel(FLOAT32, 4, steps, 1)),
+    "input_grad": lambda steps: planes.input_grad_kernel(channel(FLOAT32, 4, steps, 1), False, False),
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_no_double_precision_per_element(name):
+    """Four times the elements of a thread take no more float64 instructions: those belong to slots."""
+    few, many = (double_arithmetic(ptx(FACTORIES[name](steps))) for steps in (1, 4))
+    assert many < few + 4, "a few more may come from the compiler's choices, three per vector would be 9"
+
+
+@pytest.mark.parametrize("kernel", [VECTORS[5], VECTORS[9], READERS[3]], ids=str)
+def test_other_architectures(kernel, tmp_path):
+    """Ampere is the oldest that has bfloat16 conversions."""
+    registers, waste = resources(ptx(kernel.compiled(), (8, 0)), tmp_path, "sm_80")
+    assert waste == 0
+    assert registers * kernel.threads <= REGISTERS_OF_A_MULTIPROCESSOR
