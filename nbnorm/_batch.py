@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,15 @@ class Training(NamedTuple):
 
 
 def training(momentum: Any, ddof: Any, small_batch: Any, nonfinite: Any, renorm: Any = None) -> Training:
-    """Check the settings of a training call."""
+    """Check the settings of a training call; those that have passed are remembered."""
+    try:
+        return _training(momentum, ddof, small_batch, nonfinite, renorm)
+    except TypeError:  # not hashable
+        return _training.__wrapped__(momentum, ddof, small_batch, nonfinite, renorm)
+
+
+@lru_cache(maxsize=256, typed=True)
+def _training(momentum: Any, ddof: Any, small_batch: Any, nonfinite: Any, renorm: Any) -> Training:
     rule = Rule(_checks.momentum(momentum), _checks.ddof(ddof), nonfinite)
     _checks.choice("small_batch", small_batch, _checks.SMALL_BATCH)
     _checks.choice("nonfinite", nonfinite, _checks.NONFINITE)
@@ -34,19 +43,18 @@ def training(momentum: Any, ddof: Any, small_batch: Any, nonfinite: Any, renorm:
 
 def running_pair(call: Call, running_mean: Any, running_var: Any) -> Pair | None:
     """Return the running buffers of a training call, checked, or None."""
-    if not _checks.both_or_neither(running_mean, running_var):
+    if running_mean is None and running_var is None:
         return None
-    pair = running.checked_pair(running_mean, running_var, call.view.slots)
     weight, bias, residual, _ = call.epilogue
-    others = [
-        ("weight", weight),
-        ("bias", bias),
-        ("x", call.source),
-        ("out", call.out),
-        ("residual", residual),
-    ]
-    _checks.disjoint("running_mean", pair[0], others)
-    _checks.disjoint("running_var", pair[1], others)
+    others = (weight, bias, call.source, call.out, residual)
+    if _checks.fitting_pair(running_mean, running_var, call.view.slots, others):
+        return running_mean, running_var
+    _checks.both_or_neither(running_mean, running_var)
+    pair = running.checked_pair(running_mean, running_var, call.view.slots)
+    for name, buffer in zip(("running_mean", "running_var"), pair, strict=True):
+        if not _checks.apart(buffer, *others):
+            named = zip(("weight", "bias", "x", "out", "residual"), others, strict=True)
+            _checks.disjoint(name, buffer, named)
     return pair
 
 
@@ -70,8 +78,7 @@ def track(saved: Saved, pair: Pair | None, rule: Rule) -> int | None:
     """Let the moments of a batch enter the running statistics; return how many channels were left out."""
     if pair is None or saved.count == 0.0 or not saved.view.size:
         return None
-    m = saved.moments
-    assert m is not None
+    m: Any = saved.whole or saved
     return running.update(pair, m.mean, running.batch_var(m.count, m.m2, rule.ddof), rule)
 
 
@@ -98,7 +105,7 @@ def normalize_batch(call: Call, pair: Pair | None, settings: Training) -> tuple[
 
 def count_of(call: Call) -> np.float64:
     """Number of values that count in each channel."""
-    return np.float64(call.view.values if call.mask is None else call.mask.counts.sum())
+    return np.float64(call.view.values) if call.mask is None else call.mask.counts.sum()
 
 
 def renormalization(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbnorm import _activation, _checks, _layout, _masks, _warn
+from nbnorm import _activation, _checks, _layout, _masks, _recall, _warn
 from nbnorm._dispatch import backend
 from nbnorm._layout import Planner
 from nbnorm._options import Epilogue, Mask
@@ -16,6 +16,7 @@ from nbnorm._view import View, batch_view, group_view, trailing_view
 from nbnorm.saved import Saved
 
 Array = np.ndarray
+Shape = tuple[int, ...]
 Activation = str | tuple[str, float] | None
 
 
@@ -43,19 +44,38 @@ class Options(NamedTuple):
 
 
 PLAIN = Options()
+_TOGETHER = ("x", "weight", "bias", "residual", "out")
 
 
 def batch_call(
     operation: str, x: Any, weight: Any, bias: Any, eps: Any, channel_axis: Any, out: Any,
     options: Options = PLAIN,
 ) -> Call:  # fmt: skip
+    """Check and plan a call of batch norm; what has passed once is recognized by its shapes and types."""
+    key = _recall.key(x, weight, bias, out, eps, channel_axis) if options is PLAIN else None
+    view = _recall.views.get(key) if key is not None else None
+    if view is not None:
+        return Call(operation, x, x, view, None, Epilogue(weight, bias), False, None, eps, out)
+    call = _new_batch_call(operation, x, weight, bias, eps, channel_axis, out, options)
+    if key is not None and call.x is x:
+        _recall.remember(key, call.view)
+    return call
+
+
+def _new_batch_call(
+    operation: str, x: Any, weight: Any, bias: Any, eps: Any, channel_axis: Any, out: Any, options: Options
+) -> Call:
     """Check and plan a call of batch norm."""
     source = _checks.array("x", x)
     _checks.at_least_2d(operation, source)
     axis = _checks.axis("channel_axis", channel_axis, source.ndim)
     weight = _checks.parameter("weight", weight, axis, source.shape)
     bias = _checks.parameter("bias", bias, axis, source.shape)
-    planner = partial(batch_view, channel_axis=axis, masked=options.mask is not None)
+    masked = options.mask is not None
+
+    def planner(shape: Shape, strides: Shape, itemsize: int) -> View | None:
+        return batch_view(shape, strides, itemsize, axis, masked)
+
     return _call(operation, source, planner, (), axis, 1 if axis == 0 else 0, weight, bias, eps, out, options)
 
 
@@ -103,8 +123,8 @@ def _call(
 ) -> Call:  # fmt: skip
     """Check what all norms take, and lay everything out for the view of x."""
     eps = _checks.eps(eps)
-    activation = _checks.activation(options.activation)
-    residual = options.residual
+    _, residual, weights = options
+    activation = None if options.activation is None else _checks.activation(options.activation)
     if residual is not None:
         residual = _checks.array("residual", residual)
         _checks.shape("residual", residual, source.shape)
@@ -115,8 +135,9 @@ def _call(
         if activation is not None:
             reason = ", which backward needs for the activation"
             _checks.disjoint("out", out, [("residual", residual)], reason)
-    _checks.together(("x", source), ("weight", weight), ("bias", bias), ("residual", residual), ("out", out))
-    weights = None if options.mask is None else _masks.check(options.mask, source.shape, channel_axis)
+    _checks.together(_TOGETHER, (source, weight, bias, residual, out))
+    if weights is not None:
+        weights = _masks.check(weights, source.shape, channel_axis)
     x, view, results = _layout.plan(source, planner, order)
     mask = None
     if weights is not None:
@@ -125,14 +146,14 @@ def _call(
     with_residual = residual is not None
     if residual is not None:
         residual = _layout.arrange(residual, x)
-    marker = activation and _activation.marker(*activation, source.itemsize == 8)
+    marker = None if activation is None else _activation.marker(*activation, double=source.itemsize == 8)
     epilogue = Epilogue(weight, bias, residual, marker)
     return Call(operation, source, x, view, results, epilogue, with_residual, mask, eps, out)
 
 
 def keep_x(call: Call) -> None:
     """Refuse to write over what backward needs."""
-    if call.out is not None:
+    if call.out is not None and not _checks.apart(call.out, call.source):
         _checks.disjoint("out", call.out, [("x", call.source)], ", which backward needs")
 
 
@@ -157,6 +178,8 @@ def _room(call: Call) -> tuple[Array, Array]:
     target = call.out
     if target is None:
         target = _layout.empty_like(call.source)
+        if call.order is None:
+            return target, target
     residual = call.epilogue.residual
     inputs = (call.x,) if residual is None else (call.x, residual)
     return target, _layout.workspace(target, call.x, *inputs)

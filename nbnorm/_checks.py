@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,7 @@ def positive_integer(name: str, value: Any) -> int:
 
 def eps(value: Any) -> float:
     """Return eps as a Python float."""
-    number = _number(value)
+    number = value if type(value) is float else _number(value)
     if not 0.0 <= number < np.inf:
         raise ValueError(f"eps must be a finite number >= 0, got {value!r}")
     return number
@@ -257,12 +257,25 @@ def running(name: str, value: Any, channels: int) -> Any:
     return value
 
 
-def both_or_neither(running_mean: Any, running_var: Any) -> bool:
-    """Whether both running statistics are there."""
+def both_or_neither(running_mean: Any, running_var: Any) -> None:
+    """Refuse one running statistic without the other."""
     if (running_mean is None) != (running_var is None):
         given, missing = ("running_mean", "running_var")[:: 1 if running_var is None else -1]
         raise ValueError(f"{given} was given without {missing}; give both or neither")
-    return running_mean is not None
+
+
+def fitting_pair(running_mean: Any, running_var: Any, channels: int, others: Sequence[Any]) -> bool:
+    """Whether running statistics surely pass all checks, seen at a glance."""
+    return (
+        type(running_mean) is type(running_var) is np.ndarray
+        and running_mean.shape == running_var.shape == (channels,)
+        and running_mean.dtype in PARAMETERS
+        and running_var.dtype in PARAMETERS
+        and running_mean.flags.behaved
+        and running_var.flags.behaved
+        and apart(running_mean, running_var, *others)
+        and apart(running_var, *others)
+    )
 
 
 def shape(name: str, value: np.ndarray, expected: tuple[int, ...]) -> None:
@@ -285,15 +298,14 @@ def instance(name: str, value: Any, expected: type) -> None:
 
 def disjoint_from_parameters(name: str, value: np.ndarray | None, weight: Any, bias: Any) -> None:
     """Refuse a result buffer in the memory of the parameters, which are read while it is filled."""
-    if value is not None:
+    if value is not None and not apart(value, weight, bias):
         disjoint(name, value, [("weight", weight), ("bias", bias)])
 
 
 def out(name: str, value: Any, expected_shape: tuple[int, ...], expected_dtype: np.dtype[Any]) -> None:
     """Refuse a result buffer that cannot take the result."""
-    if is_cupy(value):
-        pass
-    elif not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+    known = type(value) is np.ndarray or is_cupy(value)
+    if not known and (not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray)):
         raise TypeError(f"{name} must be a NumPy array, got {type_name(value)}")
     shape(name, value, expected_shape)
     dtype(name, value, expected_dtype)
@@ -306,14 +318,36 @@ def _writeable(x: Any) -> bool:
     return bool(x.flags.writeable) if isinstance(x, np.ndarray) else True
 
 
-def together(*named: tuple[str, Any]) -> None:
+def together(names: Sequence[str], arrays: Sequence[Any]) -> None:
     """Refuse arrays that are not in the library and on the device of the first one; None is anywhere."""
-    first_name, first = named[0]
-    for name, value in named[1:]:
-        if value is None or (isinstance(value, np.ndarray) and isinstance(first, np.ndarray)):
-            continue
-        if place(value) != place(first):
-            raise TypeError(f"{first_name} is {place(first)}, but {name} is {place(value)}")
+    for value in arrays:
+        if value is not None and type(value) is not np.ndarray:
+            break
+    else:
+        return
+    for name, value in zip(names[1:], arrays[1:], strict=True):
+        if value is not None and place(value) != place(arrays[0]):
+            raise TypeError(f"{names[0]} is {place(arrays[0])}, but {name} is {place(value)}")
+
+
+def fitting(value: Any, like: Any) -> bool:
+    """Whether a result buffer surely passes `out`, seen at a glance."""
+    return (
+        type(value) is np.ndarray
+        and value.shape == like.shape
+        and value.dtype == like.dtype
+        and value.flags.behaved
+    )
+
+
+def apart(value: Any, *others: Any) -> bool:
+    """Whether an array surely shares no memory with others, seen at a glance: each of them owns its own."""
+    if type(value) is not np.ndarray or value.base is not None:
+        return False
+    for other in others:
+        if other is not None and (other is value or type(other) is not np.ndarray or other.base is not None):
+            return False
+    return True
 
 
 def disjoint(name: str, value: np.ndarray, others: Iterable[tuple[str, Any]], reason: str = "") -> None:

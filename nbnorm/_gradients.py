@@ -30,9 +30,7 @@ def backward(
     """
     check_saved(norm, saved)
     known = (*names, "dresidual") if saved.with_residual else names
-    needed = _checks.need(need, known)
-    if needed >= set(names):
-        needed |= set(known)
+    needed = _needed(need, names, known)
     dy = gradient(dy, saved)
     likes = (saved.x, saved.weight, saved.bias)[: len(names)] + (saved.x,) * saved.with_residual
     wanted = [name in needed and like is not None for name, like in zip(known, likes, strict=True)]
@@ -52,6 +50,14 @@ def backward(
     return (*gradients, dresidual) if saved.with_residual else tuple(gradients)
 
 
+def _needed(need: Collection[str], names: tuple[str, ...], known: tuple[str, ...]) -> Collection[str]:
+    """Return the names of the gradients that are wanted: all, if all of ``names`` are."""
+    if need is names:
+        return known
+    needed = _checks.need(need, known)
+    return known if needed >= set(names) else needed
+
+
 def check_saved(norm: str, saved: Any) -> None:
     """Refuse what another norm has saved."""
     _checks.instance("saved", saved, Saved)
@@ -67,10 +73,11 @@ def check_whole(saved: Saved) -> None:
 
 def gradient(dy: Any, saved: Saved) -> Any:
     """Return a checked dy in the memory order of x."""
-    dy = _checks.array("dy", dy)
-    _checks.shape("dy", dy, saved.x.shape)
-    _checks.dtype("dy", dy, saved.x.dtype)
-    _checks.together(("x", saved.x), ("dy", dy))
+    if not _checks.fitting(dy, saved.x):
+        dy = _checks.array("dy", dy)
+        _checks.shape("dy", dy, saved.x.shape)
+        _checks.dtype("dy", dy, saved.x.dtype)
+        _checks.together(("x", "dy"), (saved.x, dy))
     return _layout.arrange(dy, saved.x)
 
 
@@ -158,6 +165,9 @@ def _room(
     dy: Array, saved: Saved, out: Array | None, out_residual: Array | None, with_residual: bool
 ) -> tuple[tuple[Array, Array], tuple[Array | None, Array | None]]:
     """Return, for dx and for dresidual, the result and where kernels may write it."""
+    if out is None and saved.order is None and not with_residual:
+        fresh = _layout.result(saved)
+        return (fresh, fresh), (None, None)
     dx = _layout.result(saved) if out is None else out
     inputs = [saved.x, dy] + ([] if saved.residual is None else [saved.residual])
     if not with_residual:
@@ -190,11 +200,14 @@ def _buffers(
             f"out must be a tuple of {len(names)} arrays or None ({', '.join(names)}), got {out!r:.80}"
         )
     for i, (name, like, buffer) in enumerate(zip(names, likes, out, strict=True)):
-        if buffer is not None and not wanted[i]:
+        if buffer is None:
+            continue
+        if not wanted[i]:
             raise ValueError(f"out[{i}] was given, but {name} is not computed")
-        if buffer is not None and like is not None:
+        if not _checks.fitting(buffer, like) or not _checks.apart(buffer, saved.weight, saved.bias, *out[:i]):
+            assert like is not None
             _checks.out(f"out[{i}]", buffer, like.shape, like.dtype)
-            _checks.together(("x", saved.x), (f"out[{i}]", buffer))
+            _checks.together(("x", f"out[{i}]"), (saved.x, buffer))
             _checks.disjoint_from_parameters(f"out[{i}]", buffer, saved.weight, saved.bias)
             _checks.disjoint(f"out[{i}]", buffer, [(f"out[{k}]", out[k]) for k in range(i)])
     return out

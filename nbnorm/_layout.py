@@ -84,10 +84,10 @@ def workspace(out: np.ndarray | None, like: np.ndarray, *inputs: np.ndarray) -> 
     A buffer that coincides with an input is fine, since every element is read before it is written; one
     that overlaps an input otherwise, or is laid out differently, is filled from the new array by `deliver`.
     """
-    if out is None or order(out) != order(like):
+    if out is None or (out.strides != like.strides and order(out) != order(like)):
         return empty_like(like)
     for x in inputs:
-        if _checks.overlap(out, x) and _address(out) != _address(x):
+        if x is not out and _checks.overlap(out, x) and _address(out) != _address(x):
             return empty_like(like)
     return out
 

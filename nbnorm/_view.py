@@ -7,9 +7,9 @@ Element (slot k, inner i) uses parameter ``(k % period) * width + i // run``, wi
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
 
 # Channels-first segments up to this length are walked as columns of C*S lanes: SIMD loops over shorter
 # segments are mostly head and tail (benchmarks/bench_batch_norm.py, ShortSegments).
@@ -18,7 +18,8 @@ SHORT_SEGMENT = 64
 Shape = tuple[int, ...]
 
 
-class View(NamedTuple):
+@dataclass(frozen=True)
+class View:
     """An array in memory order seen as ``(batch, outer, group, inner)``.
 
     Attributes
@@ -30,6 +31,8 @@ class View(NamedTuple):
     traversal : {"rows", "planes", "columns"}
         How memory is walked: along segments with a parameter per element, along segments with a
         parameter per run of elements, or down the columns of all lanes.
+    slots, values, size : int
+        Number of means and variances, of values in a slot, and of elements.
     """
 
     batch: int
@@ -40,21 +43,29 @@ class View(NamedTuple):
     width: int
     run: int
     traversal: str
+    slots: int = field(init=False, compare=False, repr=False)
+    values: int = field(init=False, compare=False, repr=False)
+    size: int = field(init=False, compare=False, repr=False)
 
-    @property
-    def slots(self) -> int:
-        """Number of means and variances."""
-        return self.batch * self.group
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "slots", self.batch * self.group)
+        object.__setattr__(self, "values", self.outer * self.inner)
+        object.__setattr__(self, "size", self.slots * self.values)
+        own = (
+            self.batch,
+            self.outer,
+            self.group,
+            self.inner,
+            self.period,
+            self.width,
+            self.run,
+            self.traversal,
+        )
+        object.__setattr__(self, "_hash", hash(own))
 
-    @property
-    def values(self) -> int:
-        """Number of values in a slot."""
-        return self.outer * self.inner
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return self.batch * self.outer * self.group * self.inner
+    def __hash__(self) -> int:
+        """Return the hash, computed once: views are keys of every cache of launches."""
+        return self._hash  # type: ignore[attr-defined, no-any-return]
 
 
 @lru_cache(maxsize=4096)

@@ -91,7 +91,7 @@ class Moments:
         _checks.shape("other.mean", other.mean, self.mean.shape)
         if type(self.mean) is not type(other.mean) and 0.0 in (self.count, other.count):
             return self if other.count == 0.0 else other  # `empty` is anywhere
-        _checks.together(("self.mean", self.mean), ("other.mean", other.mean))
+        _checks.together(("self.mean", "other.mean"), (self.mean, other.mean))
         merged = backend(self.mean).merge_moments(
             self.count, self.mean, self.m2, other.count, other.mean, other.m2
         )

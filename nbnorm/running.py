@@ -80,7 +80,8 @@ def checked_pair(running_mean: Any, running_var: Any, channels: int) -> Pair:
         _checks.running("running_mean", running_mean, channels),
         _checks.running("running_var", running_var, channels),
     )
-    _checks.disjoint("running_var", pair[1], [("running_mean", pair[0])])
+    if not _checks.apart(*pair):
+        _checks.disjoint("running_var", pair[1], [("running_mean", pair[0])])
     return pair
 
 
@@ -93,12 +94,12 @@ def update(pair: Pair, mean: np.ndarray, var: np.ndarray | None, rule: Rule) -> 
     """Update checked buffers, the variance only if there is one; return how many channels were left out."""
     if rule.momentum == 0.0:
         return 0
-    _checks.together(("the batch", mean), ("running_mean", pair[0]), ("running_var", pair[1]))
-    running_mean, running_var = (library(buffer).ascontiguousarray(buffer) for buffer in pair)
-    skipped: int = backend(mean).update_running(
-        running_mean, running_var, mean, var, rule.momentum, rule.nonfinite == "skip"
-    )
-    for buffer, updated in zip(pair, (running_mean, running_var), strict=True):
+    _checks.together(("the batch", "running_mean", "running_var"), (mean, *pair))
+    dense = [
+        buffer if buffer.flags.c_contiguous else library(buffer).ascontiguousarray(buffer) for buffer in pair
+    ]
+    skipped: int = backend(mean).update_running(*dense, mean, var, rule.momentum, rule.nonfinite == "skip")
+    for buffer, updated in zip(pair, dense, strict=True):
         if buffer is not updated:
             buffer[...] = updated
     return skipped

@@ -178,9 +178,12 @@ def block_moments(g, x, weights, index, lane_moments, mean, m2):
         n += 1.0
     settle_rows(top_m2, rest)
     for i in range(own.slots):
-        first = i * cut.inner
-        slot_mean, slot_m2 = slot_moments(row(top_mean, first, cut.inner), row(top_m2, first, cut.inner), n)
-        mean[own.slot + i], m2[own.slot + i] = slot_mean, slot_m2
+        if cut.inner == 1:
+            mean[own.slot + i], m2[own.slot + i] = top_mean[i], top_m2[i]
+        else:
+            at = i * cut.inner
+            slot_mean, slot_m2 = slot_moments(row(top_mean, at, cut.inner), row(top_m2, at, cut.inner), n)
+            mean[own.slot + i], m2[own.slot + i] = slot_mean, slot_m2
 
 
 @helper
@@ -193,27 +196,30 @@ def block_rstd(g, weights, index, m2, eps, rstd):
 
 
 @helper
-def spread(g, index, first, n, terms, at, values):
-    """Write values to ``n`` lanes of a block, in every fold: terms[at + k, lane] = values[k]."""
-    cut, own = unpack(g), locate(g, index)
-    for f in range(cut.fold):
-        start = own.lane + f * own.width + first
-        for lane in range(start, start + n):
-            for k in range(len(values)):
-                terms[own.batch, at + k, lane] = values[k]
+def repeat_folds(g, own, terms, first, end):
+    """Copy rows [first, end) of the terms of a block's first fold to its other folds."""
+    fold = unpack(g).fold
+    for k in range(first, end):
+        source = row(terms[own.batch, k], own.lane, own.width)
+        for f in range(1, fold):
+            row(terms[own.batch, k], own.lane + f * own.width, own.width)[:] = source
 
 
 @helper
 def spread_affine(g, index, mean, rstd, weight, bias, terms, at):
     """Lay the coefficients of `normalize` out along the lanes of a block, from row ``at`` of the terms."""
     cut, own = unpack(g), locate(g, index)
-    for i in range(own.slots):
-        slot = own.slot + i
+    rows = terms[own.batch]
+    lane = own.lane
+    for slot in range(own.slot, own.slot + own.slots):
         for j in range(cut.width):
             p = slot % cut.period * cut.width + j
             w, b = parameter(weight, p, 1.0), parameter(bias, p, 0.0)
-            values = affine(mean[slot], rstd[slot], w, b, terms)
-            spread(g, index, i * cut.inner + j * cut.run, cut.run, terms, at, values)
+            mean_hi, scale, shift = affine(mean[slot], rstd[slot], w, b, terms)
+            for i in range(lane, lane + cut.run):
+                rows[at, i], rows[at + 1, i], rows[at + 2, i] = mean_hi, scale, shift
+            lane += cut.run
+    repeat_folds(g, own, terms, at, at + 3)
 
 
 @helper
@@ -302,8 +308,9 @@ def spread_gradient_terms(
 ):
     """Lay the coefficients of `input_gradient` out along the lanes of a block, behind mean and rstd."""
     cut, own = unpack(g), locate(g, index)
-    for i in range(own.slots):
-        k = own.slot + i
+    rows = terms[own.batch]
+    lane = own.lane
+    for k in range(own.slot, own.slot + own.slots):
         first = k % cut.period * cut.width
         sum_g, sum_g_x_hat = weighted(weight, first, sum_dz[k]), weighted(weight, first, sum_dz_x_hat[k])
         mean_hi, scale, _ = affine(mean[k], rstd[k], 1.0, 0.0, terms)
@@ -313,8 +320,16 @@ def spread_gradient_terms(
         )
         for j in range(cut.width):
             gain = rounded(factor * parameter(weight, first + j, 1.0), terms)
-            values = (mean_hi, scale, slope, offset, gain)
-            spread(g, index, i * cut.inner + j * cut.run, cut.run, terms, 0, values)
+            for i in range(lane, lane + cut.run):
+                rows[0, i], rows[1, i], rows[2, i], rows[3, i], rows[4, i] = (
+                    mean_hi,
+                    scale,
+                    slope,
+                    offset,
+                    gain,
+                )
+            lane += cut.run
+    repeat_folds(g, own, terms, 0, 5)
 
 
 @helper

@@ -202,16 +202,25 @@ def careful_lane_sums(x, weights, first, stride, rows, count, total, squares, me
 
 
 @helper
+def lane_tile(total, squares, shift, i, n, wide_total, wide_squares, wide_mean):
+    """Mean and m2 of one lane of a tile; the wide sums stand in for a lane that lost digits."""
+    s = np.float64(total[i])
+    q = np.float64(squares[i])
+    m2 = q - s * (s / n)
+    if trusted(q, m2, total.itemsize < 8):
+        return shift[i] + s / n, m2
+    return corrected(wide_mean[i], wide_total[i], wide_squares[i], n)
+
+
+@helper
 def merge_tile(mean, m2, rest, n, total, squares, shift, tile_n, wide_total, wide_squares, wide_mean):
-    """Merge a tile into the lanes' moments; the wide sums stand in for the lanes that lost digits."""
+    """Merge a tile into the lanes' moments; the first one is taken as it is."""
     for i in range(mean.shape[0]):
-        s = np.float64(total[i])
-        q = np.float64(squares[i])
-        tile_mean = shift[i] + s / tile_n
-        tile_m2 = q - s * (s / tile_n)
-        if not trusted(q, tile_m2, total.itemsize < 8):
-            tile_mean, tile_m2 = corrected(wide_mean[i], wide_total[i], wide_squares[i], tile_n)
-        _, mean[i], m2[i], rest[i] = accumulate(n, mean[i], m2[i], rest[i], tile_n, tile_mean, tile_m2)
+        tile_mean, tile_m2 = lane_tile(total, squares, shift, i, tile_n, wide_total, wide_squares, wide_mean)
+        if n == 0.0:
+            mean[i], m2[i] = tile_mean, tile_m2
+        else:
+            _, mean[i], m2[i], rest[i] = accumulate(n, mean[i], m2[i], rest[i], tile_n, tile_mean, tile_m2)
 
 
 @helper

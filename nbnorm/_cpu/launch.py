@@ -81,8 +81,8 @@ def optional(x: np.ndarray | None) -> np.ndarray | None:
 
 def line(parameter: np.ndarray | None) -> np.ndarray | None:
     """View an optional parameter as one dimension in C order, halves widened."""
-    if parameter is None:
-        return None
+    if parameter is None or (parameter.ndim == 1 and parameter.itemsize > 2 and parameter.flags.carray):
+        return parameter
     return flat(np.ascontiguousarray(parameter, computing(parameter.dtype)))
 
 
