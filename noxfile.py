@@ -95,3 +95,10 @@ def bench(session: nox.Session) -> None:
     session.install("-e", ".[bench]")
     session.run("asv", "machine", "--yes")
     session.run("asv", "run", "--quick", "--python=same", "--show-stderr", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The pages and the gallery, with every example run; a warning is an error. NBNORM_GALLERY=0: without running."""
+    session.install("-e", ".[docs]")
+    session.run("sphinx-build", "-W", "--keep-going", *session.posargs, "docs", "docs/_build/html")

@@ -1,20 +1,21 @@
 """Train a small network on handwritten digits, with and without batch normalization.
+==================================================================================
 
 The question: does batch norm help the network to learn, and does it let it bear a higher learning rate?
 
 The data are 1,797 real 8x8 images, which come with scikit-learn; a quarter is held out for testing. Two
-networks learn to read them, in plain NumPy and float32, with mini-batches, cross-entropy and Adam:
+networks learn to read them, in plain NumPy and float32, with mini-batches, cross-entropy and Adam::
 
     batch norm:  Dense(128, relu) -> batch norm -> Dense(64, relu) -> batch norm -> Dense(10, softmax)
     plain:       Dense(128, relu) ---------------> Dense(64, relu) ---------------> Dense(10, softmax)
 
 All else is equal: the same He-initialized weights, the same mini-batches in the same order, the same Adam,
 the same decay of the learning rate. Batch norm normalizes each feature with its mean and variance over the
-mini-batch,
+mini-batch::
 
-    y = (x - mean) / sqrt(var + eps) * weight + bias,
+    y = (x - mean) / sqrt(var + eps) * weight + bias
 
-and with running averages of the two when the network is tested. With nbnorm this takes three lines:
+and with running averages of the two when the network is tested. With nbnorm this takes three lines::
 
     bn = nbnorm.BatchNorm(num_features)     # the optimizer reads bn.grads and updates bn.params
     y = bn(x)
@@ -22,7 +23,7 @@ and with running averages of the two when the network is tested. With nbnorm thi
 
 What to look at: the highest learning rate. There the plain network loses much of its accuracy, how much
 depends on the seed, and batch norm stays close to its best. At low learning rates so shallow a network can do
-without it. The table tells both, and what batch norm costs.
+without it. The table tells both, and what batch norm costs::
 
     python examples/digits.py
     python examples/digits.py --learning-rates 0.01 0.1 --batch-size 32
@@ -32,12 +33,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
 from time import perf_counter
-from typing import Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -46,18 +46,18 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from threadpoolctl import threadpool_limits
 
 import nbnorm
+from networks import BLUE, ORANGE, Adam, Dense, Layer, ReLU, cross_entropy, mini_batches
+from networks import digits as digits_to_read
 
 HIDDEN_SIZES = (128, 64)
 NUM_CLASSES = 10
 TARGET_ACCURACY = 0.95
 TITLE = "Test accuracy on handwritten digits, with and without batch normalization"
 BATCH_NORM, PLAIN = "batch norm", "plain"
-COLORS = {BATCH_NORM: "#0072b2", PLAIN: "#d55e00"}
+COLORS = {BATCH_NORM: BLUE, PLAIN: ORANGE}
 
 
 @dataclass(frozen=True)
@@ -146,19 +146,6 @@ class Stopwatch:
         self.seconds += perf_counter() - self.started
 
 
-class Layer(Protocol):
-    """What all layers have in common."""
-
-    params: dict[str, np.ndarray]
-    grads: dict[str, np.ndarray]
-
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Return y; remember what ``backward`` needs."""
-
-    def backward(self, dy: np.ndarray) -> np.ndarray:
-        """Return dx; fill ``grads``."""
-
-
 class BatchNorm:
     """``nbnorm.BatchNorm``, timed. Without the stopwatch it would be a layer of the network as it is."""
 
@@ -176,43 +163,6 @@ class BatchNorm:
         """Differentiate through mean and variance, too."""
         with self.stopwatch:
             return self.bn.backward(dy)
-
-
-class Dense:
-    """A fully connected layer, initialized for a relu (He et al., 2015)."""
-
-    def __init__(self, num_inputs: int, num_outputs: int, rng: np.random.Generator) -> None:
-        weight = rng.normal(0, math.sqrt(2 / num_inputs), (num_inputs, num_outputs))
-        self.params = {"weight": weight.astype(np.float32), "bias": np.zeros(num_outputs, np.float32)}
-        self.grads = {name: np.zeros_like(param) for name, param in self.params.items()}
-
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        """``y = x @ weight + bias``."""
-        self.x = x
-        return x @ self.params["weight"] + self.params["bias"]
-
-    def backward(self, dy: np.ndarray) -> np.ndarray:
-        """``dx = dy @ weight.T``."""
-        self.grads["weight"][:] = self.x.T @ dy
-        self.grads["bias"][:] = dy.sum(axis=0)
-        return dy @ self.params["weight"].T
-
-
-class ReLU:
-    """Rectified linear unit; it has nothing to learn."""
-
-    def __init__(self) -> None:
-        self.params: dict[str, np.ndarray] = {}
-        self.grads: dict[str, np.ndarray] = {}
-
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        """``y = max(x, 0)``."""
-        self.y = np.maximum(x, 0)
-        return self.y
-
-    def backward(self, dy: np.ndarray) -> np.ndarray:
-        """``dx = dy`` where ``x > 0``, else 0."""
-        return dy * (self.y > 0)
 
 
 class Network:
@@ -249,50 +199,10 @@ class Network:
             norm.bn.eval()
 
 
-class Adam:
-    """The optimizer of Kingma and Ba (2015)."""
-
-    beta1, beta2, eps = 0.9, 0.999, 1e-8
-
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self.params = [layer.params[name] for layer in layers for name in layer.params]
-        self.grads = [layer.grads[name] for layer in layers for name in layer.params]
-        self.m = [np.zeros_like(param) for param in self.params]
-        self.v = [np.zeros_like(param) for param in self.params]
-        self.steps = 0
-
-    def step(self, learning_rate: float) -> None:
-        """Update all parameters in place."""
-        self.steps += 1
-        m_scale = learning_rate / (1 - self.beta1**self.steps)
-        v_scale = 1 / (1 - self.beta2**self.steps)
-        for param, grad, m, v in zip(self.params, self.grads, self.m, self.v, strict=True):
-            m += (1 - self.beta1) * (grad - m)
-            v += (1 - self.beta2) * (grad * grad - v)
-            param -= m_scale * m / (np.sqrt(v_scale * v) + self.eps)
-
-
-def cross_entropy_gradient(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Differentiate the mean cross-entropy by the logits: ``(softmax - one_hot) / N``."""
-    dlogits = np.exp(logits - logits.max(axis=1, keepdims=True))
-    dlogits /= dlogits.sum(axis=1, keepdims=True)
-    dlogits[np.arange(len(labels)), labels] -= 1
-    return dlogits / len(labels)
-
-
 def load() -> Digits:
     """Read the images and hold out a fixed quarter of them, with the same share of every digit."""
-    x, labels = load_digits(return_X_y=True)
-    x = (x / 16).astype(np.float32)
-    return Digits(*train_test_split(x, labels, test_size=0.25, stratify=labels, random_state=0))
-
-
-def mini_batches(num_images: int, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Shuffle the row numbers and cut them into parts of nearly equal size.
-
-    Slices of ``batch_size`` could leave a single image for the last part, and one value has no variance.
-    """
-    yield from np.array_split(rng.permutation(num_images), max(1, num_images // batch_size))
+    x_train, x_test, labels_train, labels_test = digits_to_read()
+    return Digits(x_train, x_test, labels_train, labels_test)
 
 
 def evaluate(network: Network, digits: Digits) -> float:
@@ -313,7 +223,7 @@ def train(name: str, learning_rate: float, seed: int, config: Config, digits: Di
             network.train()
             for rows in mini_batches(len(digits.x_train), config.batch_size, rng):
                 logits = network(digits.x_train[rows])
-                network.backward(cross_entropy_gradient(logits, digits.labels_train[rows]))
+                network.backward(cross_entropy(logits, digits.labels_train[rows])[1])
                 adam.step(learning_rate * decay)
             accuracy.append(evaluate(network, digits))
     nbnorm_seconds = sum(norm.stopwatch.seconds for norm in network.norms)

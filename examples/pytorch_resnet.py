@@ -1,11 +1,11 @@
 """Train a ResNet-18 in PyTorch on a CPU, once with its own batch norm and once with nbnorm's.
 
-The question: what does one line, `nbnorm.torch.replace(model)`, change? The losses should stay the same, and a
-training step should take less time.
+The question: what does one line, `nbnorm.torch.replace(model)`, change? The losses should stay the same,
+and a training step should take less time.
 
-The data are made up: stripes in ten directions, with a random phase, width, color and noise; the network has to tell
-the direction. Two copies of one network start from the same weights and see the same batches. They take turns
-step by step, so that whatever else happens on the machine happens to both.
+The data are made up: stripes in ten directions, with a random phase, width, color and noise; the network
+has to tell the direction. Two copies of one network start from the same weights and see the same batches.
+They take turns step by step, so that whatever else happens on the machine happens to both.
 
     python examples/pytorch_resnet.py
     python examples/pytorch_resnet.py --size 224 --channels-last --steps 10
@@ -131,8 +131,9 @@ def make_runs(channels_last: bool, rate: float) -> list[Run]:
     original = ResNet18()
     if channels_last:
         original = original.to(memory_format=torch.channels_last)
-    models = {"PyTorch": original, "nbnorm": copy.deepcopy(original)}
+    models = {"PyTorch": original, "nbnorm": copy.deepcopy(original), "nbnorm, fused": copy.deepcopy(original)}
     print(nbnorm.torch.replace(models["nbnorm"]))
+    print(nbnorm.torch.replace(models["nbnorm, fused"], fuse=True))
     return [
         Run(name, model, torch.optim.SGD(model.parameters(), rate, momentum=0.9), [], [])
         for name, model in models.items()
@@ -192,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> list[Run]:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--size", type=int, default=96, help="height and width of the images")
-    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--learning-rate", type=float, default=0.001)
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("pytorch_resnet.png"))
     parser.add_argument("--no-plot", action="store_true")

@@ -17,6 +17,7 @@ from nbnorm.phases import batch_moments, batch_norm_apply, batch_norm_grad_sums,
 from nbnorm.reestimation import reestimate
 from nbnorm.running import update_running_stats
 from nbnorm.saved import Saved
+from nbnorm.tools import info, warmup
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,7 @@ __all__ = [
     "fold_batch_norm",
     "group_norm_backward",
     "group_norm_forward",
+    "info",
     "instance_norm_backward",
     "instance_norm_forward",
     "layer_norm_backward",
@@ -67,4 +69,5 @@ __all__ = [
     "rms_norm_backward",
     "rms_norm_forward",
     "update_running_stats",
+    "warmup",
 ]

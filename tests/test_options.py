@@ -207,3 +207,68 @@ def test_options(place, choice, rng, device):
         mean, oracle.mean_tolerance(forward.plain).max(), "mean",
     )  # fmt: skip
     check(place, y, found, forward, gradients, dz)
+
+
+@pytest.mark.parametrize("place", [PLACES[i] for i in (0, 3, 8, 9)], ids=str)
+def test_fused_relu_has_the_bits_of_its_parts(place, rng, device):
+    """Relu on top of the norm, and its gradient put into the norm's backward, give the same bits.
+
+    Group norm without positions is the exception: plain, it walks rows, with options columns.
+    """
+    x, dy, weight, bias, _, _ = draw(place, Choice("relu", False, "", True), rng)
+    residual = rng.standard_normal(place.shape).astype(np.float32)
+    plain, plain_saved = place.forward(x, weight, bias)
+    fused, saved = place.forward(x, weight, bias, residual=residual, activation="relu")
+    z = plain + residual
+    np.testing.assert_array_equal(fused, np.maximum(z, 0))
+    dz = np.where(z > 0, dy, np.float32(0))
+    found, wanted = place.backward(dy, saved), place.backward(dz, plain_saved)
+    for name, a, b in zip(("dx", "dweight", "dbias"), found, wanted, strict=False):
+        oracle.assert_same_bits(a, b, name)
+    np.testing.assert_array_equal(found[3], dz)
+
+
+def test_need_and_out_with_a_residual(rng):
+    """Fewer gradients, given buffers; y into the residual without an activation, but not below one."""
+    place = PLACES[0]
+    x, dy, weight, bias, residual, _ = draw(place, CHOICES[0], rng)
+    _, saved = place.forward(x, weight, bias, residual=residual, activation="relu")
+    dx, dweight, dbias, dresidual = place.backward(dy, saved)
+    only = place.backward(dy, saved, need=("dresidual",))
+    assert only[:3] == (None, None, None)
+    oracle.assert_same_bits(only[3], dresidual)
+    some = place.backward(dy, saved, need=("dx", "dweight"))
+    assert some[2] is some[3] is None
+    oracle.assert_same_bits(some[0], dx)
+    out = np.empty_like(x), None, np.empty_like(bias), np.empty_like(x)
+    given = place.backward(dy, saved, out=out)
+    assert (given[0] is out[0], given[2] is out[2], given[3] is out[3]) == (True, True, True)
+    for a, b in zip(given, (dx, dweight, dbias, dresidual), strict=True):
+        oracle.assert_same_bits(a, b)
+    with pytest.raises(ValueError, match="out shares memory with residual, which backward needs"):
+        place.forward(x, weight, bias, residual=residual, activation="relu", out=residual)
+    wanted, _ = place.forward(x, weight, bias, residual=residual)
+    y, _ = place.forward(x, weight, bias, residual=residual, out=residual)
+    assert y is residual
+    oracle.assert_same_bits(y, wanted)
+
+
+BAD = [
+    ({"activation": "tanh"}, ValueError, r"activation must be None, 'relu', .* or 'silu', got 'tanh'"),
+    ({"activation": "leaky_relu"}, ValueError, "activation must be None"),
+    ({"activation": ("leaky_relu", "a")}, ValueError, "activation must be None"),
+    ({"residual": np.ones((3, 4), np.float32)}, ValueError, r"residual has shape \(3, 4\), expected \(5, 4\)"),
+    ({"residual": np.ones((5, 4))}, TypeError, "residual has dtype float64, expected float32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD, ids=[message[:40] for *_, message in BAD])
+@pytest.mark.parametrize("norm", ["batch", "group", "instance", "inference"])
+def test_bad_options(norm, options, error, message, rng):
+    """What does not fit is refused before anything is written."""
+    x, out = rng.standard_normal((5, 4)).astype(np.float32), np.full((5, 4), 7, np.float32)
+    rest = {"group": (2,), "inference": (np.zeros(4), np.ones(4))}.get(norm, ())
+    name = "batch_norm_inference" if norm == "inference" else f"{norm}_norm_forward"
+    with pytest.raises(error, match=message):
+        getattr(nbnorm, name)(x, *rest, out=out, **options)
+    np.testing.assert_array_equal(out, 7)

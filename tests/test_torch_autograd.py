@@ -13,6 +13,7 @@ from torch import nn  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import nbnorm.torch  # noqa: E402
+from nbnorm.torch import _reference  # noqa: E402
 from torch_cases import (  # noqa: E402
     NORMS,
     always_nbnorm,  # noqa: F401
@@ -26,14 +27,15 @@ BATCH = NORMS[2]
 on_each = pytest.mark.parametrize("norm", EACH, ids=str)
 
 
-@on_each
-@pytest.mark.parametrize("wanted", ["x", "weight", "bias"])
+ALONE = [(norm, wanted) for norm in EACH for wanted in ("x", "weight", "bias")]
+ALONE.remove((NORMS[10], "bias"))  # RMSNorm has none
+
+
+@pytest.mark.parametrize(("norm", "wanted"), ALONE, ids=str)
 def test_only_what_requires_grad(norm, wanted):
     """One gradient alone equals the one among all of them."""
     _, module = norm.pair(torch.float32)
     inputs = {"x": norm.tensor(torch.float32).requires_grad_(), **dict(module.named_parameters())}
-    if wanted not in inputs:
-        pytest.skip("this norm has no bias")
     dy = norm.tensor(torch.float32)
     expected = torch.autograd.grad(module(inputs["x"]), inputs[wanted], dy)[0]
     for name, tensor in inputs.items():
@@ -145,6 +147,51 @@ def test_in_place_activation():
     assert_close(gradients[1], gradients[0])
 
 
+BEHIND = [(None, True), ("relu", False), ("relu", True), ("silu", True)]
+
+
+@pytest.mark.parametrize(("activation", "with_residual"), BEHIND, ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_activation_and_residual(activation, with_residual, training):
+    """What follows the norm in the same pass: values and gradients, first and second, as in separate steps."""
+    _, module = BATCH.pair(torch.float64)
+    module.train(training)
+    x, r, dy = (BATCH.tensor(torch.float64).requires_grad_() for _ in range(3))
+    residual = r if with_residual else None
+    inputs = [x, *module.parameters(), *([r] if with_residual else [])]
+    together = module(x, activation=activation, residual=residual)
+    apart = _reference.finish(module(x), activation, residual)
+    assert computed_by_nbnorm(together)
+    assert_close(together, apart)
+    results = []
+    for y in (together, apart):
+        plain = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+        first = torch.autograd.grad(y, inputs, dy, create_graph=True)
+        second = torch.autograd.grad(sum(g.sin().sum() for g in first), [x, dy])
+        results.append([*plain, *first, *second])
+    for found, expected in zip(*results, strict=True):
+        assert_close(found, expected, roundings=1000)
+    with torch.no_grad():
+        assert_close(
+            module.eval()(x, activation=activation, residual=residual),
+            _reference.finish(module(x), activation, residual),
+        )
+
+
+def test_residual_alone():
+    """Only the residual requires a gradient."""
+    module = nbnorm.torch.BatchNorm2d(6, affine=False)
+    x, r, dy = (BATCH.tensor(torch.float32) for _ in range(3))
+    r.requires_grad_()
+    module(x, residual=r).backward(dy)
+    assert torch.equal(r.grad, dy)
+    r.grad = None
+    module(x, activation="relu", residual=r).backward(dy)
+    assert_close(r.grad, dy * (module(x) + r > 0))
+    with pytest.raises(ValueError, match="activation must be"):
+        module(x, activation="tanh")
+
+
 def test_hooks():
     """Forward, pre-forward and gradient hooks of a module run."""
     seen = []
@@ -214,26 +261,27 @@ def test_export():
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("batch_norm", 0, False),
-        ("batch_norm", 0, True),
-        ("group_norm", 2, False),
-        ("instance_norm", 0, False),
-        ("layer_norm", 2, False),
-        ("rms_norm", 1, False),
+        ("batch_norm", 0, False, ""),
+        ("batch_norm", 0, True, ""),
+        ("batch_norm", 0, False, "relu"),
+        ("group_norm", 2, False, ""),
+        ("instance_norm", 0, False, ""),
+        ("layer_norm", 2, False, ""),
+        ("rms_norm", 1, False, ""),
     ],
     ids=str,
 )
 def test_operators(arguments):
     """PyTorch's own checks of schema, autograd and fake kernels."""
-    norm, size, constant = arguments
+    norm, size, constant, activation = arguments
     x = BATCH.tensor(torch.float32).requires_grad_()
     shape = x.shape[-size:] if norm in ("layer_norm", "rms_norm") else (6,)
     weight, bias = (torch.randn(shape, requires_grad=True) for _ in range(2))
     given = (torch.randn(6), torch.rand(6)) if constant else (None, None)
+    parameters = weight, None if norm == "rms_norm" else bias
+    residual = torch.randn_like(x).requires_grad_() if activation else None
     operator = torch.ops.nbnorm.forward.default
-    torch.library.opcheck(
-        operator, (x, weight, None if norm == "rms_norm" else bias, *given, norm, size, 1e-5)
-    )
+    torch.library.opcheck(operator, (x, *parameters, residual, *given, norm, size, 1e-5, activation))
 
 
 def test_update_operator():
@@ -241,6 +289,25 @@ def test_update_operator():
     statistics = torch.randn(6, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
     arguments = (torch.zeros(6), torch.ones(6), *statistics, 5.0, 0.1)
     torch.library.opcheck(torch.ops.nbnorm.update_running_.default, arguments)
+
+
+def test_small_tensors_are_left_to_pytorch(monkeypatch):
+    """The thresholds decide, by layout; fused steps come out the same on either side."""
+    monkeypatch.undo()
+    policy = nbnorm.torch._policy
+    x = torch.randn(2, 4, 16, 16, requires_grad=True)
+    module = nbnorm.torch.BatchNorm2d(4)
+    monkeypatch.setitem(policy.SMALLEST, "batch_norm", x.numel() + 1)
+    small = module(x)
+    assert not computed_by_nbnorm(small)
+    apart = module(x, activation="relu", residual=x)
+    monkeypatch.setitem(policy.SMALLEST, "batch_norm", x.numel())
+    large = module(x)
+    assert computed_by_nbnorm(large)
+    assert_close(large, small)
+    assert_close(module(x, activation="relu", residual=x), apart)
+    assert not computed_by_nbnorm(module(x.contiguous(memory_format=torch.channels_last)))
+    assert not computed_by_nbnorm(module(x[..., :8, :8].contiguous()))
 
 
 def test_threads_of_pytorch(monkeypatch):

@@ -76,7 +76,9 @@ MODELS = {
 }
 FUSIONS = {"ResNet-18": 17, "U-Net": 2, "Transformer": 0, "MLP": 2}
 FOLDED = {"ResNet-18": 20, "U-Net": 2, "Transformer": 0, "MLP": 2}
-on_models = pytest.mark.parametrize("name", MODELS)
+on_models = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "ResNet-18" else []) for name in MODELS]
+)
 on_fusion = pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
 
 

@@ -68,7 +68,7 @@ VARIANTS = [
     Norm("InstanceNorm2d", (4,), (2, 4, 5, 3), {"track_running_stats": True}),
     Norm("InstanceNorm2d", (4,), (4, 5, 3)),
     Norm("GroupNorm", (2, 6), (3, 6, 4, 5), {"affine": False}),
-    Norm("GroupNorm", (3, 6), (3, 6)),
+    Norm("GroupNorm", (1, 6), (3, 6)),
     Norm("LayerNorm", (7,), (4, 3, 7), {"bias": False}),
     Norm("LayerNorm", (7,), (4, 3, 7), {"elementwise_affine": False}),
     Norm("LayerNorm", (7,), (7,)),

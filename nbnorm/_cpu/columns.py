@@ -39,8 +39,12 @@ MIN_ROWS = 16
 # Lanes of a block whose rows all fit the second-level cache together, and of one whose rows do not.
 CACHED_LANES = 256
 STREAMED_LANES = 2048
-# Chunks of a column at most: more would only lengthen the merge.
-MAX_CHUNKS = 64
+# Chunks of a block: CHUNK values each until there are SOME, LONG values each until there are MANY. Every chunk has
+# moments or sums of its own for each lane, whose merge is one thread's work
+# (65536 x 64: 64 chunks took 1.2 times as long as 16).
+SOME_CHUNKS = 16
+MANY_CHUNKS = 64
+LONG_CHUNK = 1 << 20
 
 
 class Cut(NamedTuple):
@@ -79,7 +83,9 @@ def geometry(view: View, masked: bool = False) -> np.ndarray:
     else:
         block = STREAMED_LANES
     block = min(lanes, max(block // view.inner, 1) * view.inner) if fold == 1 else lanes
-    chunk = max(CHUNK // block, -(-rows // MAX_CHUNKS))
+    values = rows * block
+    chunks = min(values // CHUNK, max(SOME_CHUNKS, values // LONG_CHUNK), MANY_CHUNKS)
+    chunk = -(-rows // max(chunks, 1))
     spare = view.outer % fold * width
     sizes = (view.batch, view.outer, view.group, view.inner, view.period, view.width, view.run)
     return np.array(
@@ -139,11 +145,12 @@ def chunk_weight(g, weights, batch, chunk):
 
 
 @helper
-def chunk_moments(g, x, weights, index, chunk, sums, wide_sums, lane_moments):
+def chunk_moments(g, x, weights, index, chunk, lane_moments):
     """Moments of the lanes of a block over one chunk of whole rows: mean, m2, and scratch for the rest of m2."""
     cut, own = unpack(g), locate(g, index)
     start = chunk * cut.chunk
     rows = min(cut.chunk, cut.rows - start)
+    sums, wide_sums = scratch((3, own.lanes), x), np.empty((3, own.lanes))
     own_moments = lane_moments[own.batch * cut.chunks + chunk]
     chunk_lane_moments(
         x, rows_weights(weights, own.batch, start, rows), own.base + start * cut.lanes + own.lane, cut.lanes, rows,
@@ -264,7 +271,7 @@ def summands_room(g, x, weights, activation):
 
 
 @helper
-def chunk_grad_sums(g, x, dy, residual, activation, weights, index, chunk, terms, sums, lane_sums):
+def chunk_grad_sums(g, x, dy, residual, activation, weights, index, chunk, terms, lane_sums):
     """Sums of dz and dz * x_hat of the lanes of a block over one chunk of rows, each with its rest."""
     cut, own = unpack(g), locate(g, index)
     start, end = chunk * cut.chunk, rows_end(cut, chunk)
@@ -274,7 +281,8 @@ def chunk_grad_sums(g, x, dy, residual, activation, weights, index, chunk, terms
         x, dy, residual, rows_weights(weights, own.batch, start, whole), activation,
         own.base + start * cut.lanes + own.lane, cut.lanes, whole, cut.spare if end > cut.rows else 0,
         row(own_terms[0], own.lane, own.lanes), row(own_terms[1], own.lane, own.lanes),
-        row(own_terms[6], own.lane, own.lanes), row(own_terms[7], own.lane, own.lanes), sums,
+        row(own_terms[6], own.lane, own.lanes), row(own_terms[7], own.lane, own.lanes),
+        scratch((2, own.lanes), x),
         summands_room(g, x, weights, activation),
         lane_sums[own.batch * cut.chunks + chunk, :, own.lane : own.lane + own.lanes],
     )  # fmt: skip
@@ -369,10 +377,8 @@ def moments_kernel(g, x, weights, mean, m2):
     cut = unpack(g)
     blocks, chunks = cut.batch * cut.blocks, cut.chunks
     lane_moments = np.empty((cut.batch * chunks, 3, cut.lanes))
-    sums, wide_sums = scratch((blocks * chunks, 3, cut.block), x), np.empty((blocks * chunks, 3, cut.block))
     for task in prange(blocks * chunks):
-        index, chunk = task // chunks, task % chunks
-        chunk_moments(g, x, weights, index, chunk, sums[task], wide_sums[task], lane_moments)
+        chunk_moments(g, x, weights, task // chunks, task % chunks, lane_moments)
     for index in prange(blocks):
         block_moments(g, x, weights, index, lane_moments, mean, m2)
 
@@ -395,11 +401,10 @@ def forward_kernel(g, x, y, weight, bias, residual, activation, weights, eps, me
     cut = unpack(g)
     blocks, chunks = cut.batch * cut.blocks, cut.chunks
     lane_moments = np.empty((cut.batch * chunks, 3, cut.lanes))
-    sums, wide_sums = scratch((blocks, 3, cut.block), x), np.empty((blocks, 3, cut.block))
     terms = scratch((cut.batch, 3, cut.lanes), x)
     for index in prange(blocks):
         for chunk in range(chunks):
-            chunk_moments(g, x, weights, index, chunk, sums[index], wide_sums[index], lane_moments)
+            chunk_moments(g, x, weights, index, chunk, lane_moments)
         block_moments(g, x, weights, index, lane_moments, mean, m2)
         block_rstd(g, weights, index, m2, eps, rstd)
         spread_affine(g, index, mean, rstd, weight, bias, terms, 0)
@@ -415,7 +420,6 @@ def grad_sums_kernel(
     cut = unpack(g)
     blocks, chunks = cut.batch * cut.blocks, cut.chunks
     lane_sums = np.empty((cut.batch * chunks, 4, cut.lanes))
-    sums = scratch((blocks * chunks, 2, cut.block), x)
     terms = scratch((cut.batch, 8, cut.lanes), x)
     for index in prange(blocks):
         spread_affine(g, index, mean, rstd, None, None, terms, 0)
@@ -431,7 +435,6 @@ def grad_sums_kernel(
             task // chunks,
             task % chunks,
             terms,
-            sums[task],
             lane_sums,
         )
     for index in prange(blocks):
@@ -478,15 +481,12 @@ def backward_kernel(
     cut = unpack(g)
     blocks, chunks = cut.batch * cut.blocks, cut.chunks
     lane_sums = np.empty((cut.batch * chunks, 4, cut.lanes))
-    sums = scratch((blocks, 2, cut.block), x)
     terms = scratch((cut.batch, 8, cut.lanes), x)
     for index in prange(blocks):
         spread_affine(g, index, mean, rstd, None, None, terms, 0)
         spread_activation(g, index, mean, rstd, weight, bias, activation, terms)
         for chunk in range(chunks):
-            chunk_grad_sums(
-                g, x, dy, residual, activation, weights, index, chunk, terms, sums[index], lane_sums
-            )
+            chunk_grad_sums(g, x, dy, residual, activation, weights, index, chunk, terms, lane_sums)
         block_grad_sums(g, index, mean, rstd, terms, lane_sums, sum_dz, sum_dz_x_hat)
         spread_gradient_terms(
             g, index, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, False, terms

@@ -9,7 +9,7 @@ import numpy as np
 
 from nbnorm._activation import activate, activation_gradient
 from nbnorm._cpu.halves import narrow, widen
-from nbnorm._cpu.launch import helper, reduction
+from nbnorm._cpu.launch import contracted, helper, reduction
 from nbnorm._cpu.tiles import add_rows, corrected, part, settle_rows, trusted
 from nbnorm._math import (
     accumulate,
@@ -44,7 +44,7 @@ def guess(shift, a, b, c, d, e, f, g, h):
         shift[i] = s + rest * eighth
 
 
-@helper
+@contracted
 def push(total, squares, shift, a, w):
     """Add one row, ``w`` times, to the shifted sums."""
     for i in range(total.shape[0]):
@@ -57,7 +57,7 @@ def push(total, squares, shift, a, w):
             squares[i] += w * (d * d)
 
 
-@helper
+@contracted
 def push_eight(total, squares, shift, a, b, c, d, e, f, g, h):
     """Add eight rows at once, so that the sums are read and written once for all of them."""
     for i in range(total.shape[0]):
@@ -292,7 +292,7 @@ def apply_row(x, y, residual, mean_hi, scale, shift, activation):
         y[i] = narrow(activate(z, activation), y)
 
 
-@helper
+@contracted
 def push_grads(sum_dz, sum_dz_x_hat, mean_hi, rstd, x, dz):
     """Add one row to the sums of dz and dz * x_hat; x_hat relative to the rounded mean."""
     for i in range(x.shape[0]):
@@ -301,7 +301,7 @@ def push_grads(sum_dz, sum_dz_x_hat, mean_hi, rstd, x, dz):
         sum_dz_x_hat[i] += d * standardize(widen(x[i]), mean_hi[i], rstd[i])
 
 
-@helper
+@contracted
 def push_four_grads(sum_dz, sum_dz_x_hat, mean_hi, rstd, xa, xb, xc, xd, a, b, c, d):
     """Add four rows at once, so that the sums are read and written once for all of them."""
     for i in range(xa.shape[0]):

@@ -8,14 +8,18 @@ from torch.nn import functional
 
 from nbnorm.torch._kernels import Gradients, Inputs, MaybeTensor, Spec, Statistics
 
-ACTIVATIONS = {"relu": functional.relu, "silu": functional.silu}
+ACTIVATIONS = ("relu", "silu")
 
 
 def finish(y: Tensor, activation: str | None, residual: MaybeTensor) -> Tensor:
-    """Add a residual and apply an activation, each where there is one."""
+    """Add a residual and apply an activation, each where there is one; y, a norm's new result, may be overwritten."""
+    in_place = not torch._C._are_functorch_transforms_active()
     if residual is not None:
-        y = y + residual
-    return ACTIVATIONS[activation](y) if activation else y
+        alike = in_place and residual.shape == y.shape and residual.dtype is y.dtype
+        y = y.add_(residual) if alike else y + residual
+    if activation == "relu":
+        return functional.relu(y, inplace=in_place)
+    return functional.silu(y) if activation == "silu" else y
 
 
 def normalize(inputs: Inputs, spec: Spec) -> Tensor:

@@ -7,6 +7,7 @@ gain, run PyTorch's own operator, with the same result.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 import torch
 from torch import Tensor
@@ -61,9 +62,9 @@ def batch_norm(
     Examples
     --------
     >>> import torch, nbnorm.torch
-    >>> nbnorm.torch.batch_norm(torch.tensor([[1.0], [3.0]]), None, None, training=True, eps=0.0)
-    tensor([[-1.],
-            [ 1.]])
+    >>> nbnorm.torch.batch_norm(torch.tensor([[1.0], [3.0]]), None, None, training=True)
+    tensor([[-1.0000],
+            [ 1.0000]])
     """
     if activation is not None and activation not in _reference.ACTIVATIONS:
         raise ValueError(f"activation must be None, 'relu' or 'silu', got {activation!r}")
@@ -249,6 +250,8 @@ def _runs_here(inputs: Inputs, spec: Spec, *statistics: Tensor) -> bool:
     """Whether nbnorm computes this call, rather than PyTorch's own operator."""
     x, *parameters, residual = inputs
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return False
+    if not 0.0 < spec.eps < inf:  # PyTorch refuses some of these, in some norms
         return False
     on_cpu = _is_on_cpu if _traced() else strided_on_cpu
     if x.dtype not in DTYPES or not on_cpu(x):

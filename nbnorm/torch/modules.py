@@ -42,9 +42,9 @@ class BatchNorm1d(_Batch, nn.BatchNorm1d):
     Examples
     --------
     >>> import torch, nbnorm.torch
-    >>> nbnorm.torch.BatchNorm1d(1, eps=0.0)(torch.tensor([[1.0], [3.0]]))
-    tensor([[-1.],
-            [ 1.]], grad_fn=<...>)
+    >>> nbnorm.torch.BatchNorm1d(1, affine=False)(torch.tensor([[1.0], [3.0]]))
+    tensor([[-1.0000],
+            [ 1.0000]])
     """
 
 
