@@ -97,7 +97,7 @@ def coverage(session: nox.Session) -> None:
 @nox.session
 def cuda(session: nox.Session) -> None:
     """What the compiler makes of the CUDA kernels; needs no GPU."""
-    session.install("-e", ".[cuda13]", "pytest", "ml_dtypes", "nvidia-cuda-nvcc")
+    session.install("-e", ".[cuda13]", "pytest", "ml_dtypes", "nvidia-cuda-nvcc", "nvidia-cuda-nvdisasm")
     session.run("pytest", "--noconftest", "-W", "ignore", "tests/test_cuda_compile.py", *session.posargs)
 
 

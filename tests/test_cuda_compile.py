@@ -142,7 +142,7 @@ def _no_device():
 
 
 @cache
-def ptx(kernel, cc=(9, 0)):
+def ptx(kernel, cc=(9, 0), output="ptx"):
     """Compile a kernel (a cached factory makes each once) as its launcher does: addresses and sizes are int64."""
     from numba import cuda
 
@@ -152,7 +152,7 @@ def ptx(kernel, cc=(9, 0)):
     ]
     try:
         text, _ = cuda.compile(
-            python, types.void(*arguments), cc=cc, output="ptx", device=False, abi="numba",
+            python, types.void(*arguments), cc=cc, output=output, device=False, abi="numba",
             launch_bounds=kernel.targetoptions["launch_bounds"],
         )  # fmt: skip
     except RuntimeError as error:  # pragma: no cover
@@ -160,24 +160,21 @@ def ptx(kernel, cc=(9, 0)):
     return text
 
 
-def assembler():
-    """Return the path of ptxas, of the wheel or of a toolkit."""
+def tool(name):
+    """Return the path of one of NVIDIA's tools, of a wheel or of a toolkit; skip the test without it."""
     spec = importlib.util.find_spec("nvidia")
     for folder in spec.submodule_search_locations if spec else ():
-        for found in sorted(Path(folder).glob("*/bin/ptxas")):
+        for found in sorted(Path(folder).glob(f"*/bin/{name}")):
             return str(found)
-    return shutil.which("ptxas")
+    return shutil.which(name) or pytest.skip(f"{name} is not installed")
 
 
 def resources(text, folder, arch):
     """Return registers of a thread and bytes of stack and spills, as ptxas tells them."""
-    ptxas = assembler()
-    if ptxas is None:
-        pytest.skip("ptxas is not installed")
     source = folder / "kernel.ptx"
     # Any ptxas since 13.0 takes this version; the code needs none of the later ones.
     source.write_text(re.sub(r"\.version \d+\.\d+", ".version 8.8", text))
-    command = [ptxas, "-v", f"-arch={arch}", str(source), "-o", str(folder / "kernel.cubin")]
+    command = [tool("ptxas"), "-v", f"-arch={arch}", str(source), "-o", str(folder / "kernel.cubin")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", done.stderr))
@@ -294,6 +291,23 @@ def test_no_double_precision_per_element(name):
     """Four times the elements of a thread take no more float64 instructions: those belong to slots."""
     few, many = (double_arithmetic(ptx(FACTORIES[name](steps))) for steps in (1, 4))
     assert many < few + 4, "a few more may come from the compiler's choices, three per vector would be 9"
+
+
+@pytest.mark.parametrize("kernel", [VECTORS[1], VECTORS[4], VECTORS[9], READERS[3]], ids=str)
+def test_machine_code(kernel, tmp_path):
+    """Linked as numba-cuda links it: 16 bytes per access reach the machine code, and nothing is spilled."""
+    linker = pytest.importorskip("cuda.core")
+    code = linker.ObjectCode.from_ltoir(ptx(kernel.compiled(), output="ltoir"))
+    options = linker.LinkerOptions(arch="sm_90", link_time_optimization=True)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(linker.Linker(code, options=options).link("cubin").code)
+    done = subprocess.run([tool("nvdisasm"), str(cubin)], capture_output=True, text=True, check=True)
+    instructions = re.findall(r"\b(LDG|STG|LDL|STL)([.\w]*)", done.stdout)
+    names = [name for name, _ in instructions]
+    assert not {"LDL", "STL"} & set(names)
+    wide = [name for name, kind in instructions if kind.endswith(".128")]
+    assert wide.count("LDG") >= kernel.build.steps
+    assert wide.count("STG") >= (kernel.build.steps if kernel in VECTORS else 0)
 
 
 @pytest.mark.parametrize("kernel", [VECTORS[5], VECTORS[9], READERS[3]], ids=str)

@@ -68,6 +68,20 @@ if SIMULATED:
         """Wait for all threads of the block."""
         threading.current_thread().syncthreads()
 
+    def shared_memory(shape: Any, dtype: Any) -> Any:
+        """Return the function that gives the memory of a block; the simulator's own may make two for one block."""
+        name = object()
+
+        def memory():
+            with _lock:
+                thread: Any = threading.current_thread()
+                arrays = thread._manager.__dict__.setdefault("nbnorm_shared", {})
+                if name not in arrays:
+                    arrays[name] = np.empty(shape, dtype)
+                return arrays[name]
+
+        return memory
+
 else:
     _ALL = 0xFFFFFFFF
 
@@ -100,6 +114,15 @@ else:
     def sync():
         """Wait for all threads of the block."""
         cuda.syncthreads()
+
+    def shared_memory(shape: Any, dtype: Any) -> Any:
+        """Return the function that gives the memory of a block."""
+
+        @device
+        def memory():
+            return cuda.shared.array(shape, dtype)
+
+        return memory
 
 
 @device
