@@ -42,7 +42,7 @@ if SIMULATED:
                 self._allocations[place] = np.empty(shape, dtype)
             return self._allocations[place]
 
-    FakeCUDAShared.array = _shared_array
+    FakeCUDAShared.array = _shared_array  # type: ignore[method-assign]
 
     def _gather(value):
         """Return the values of all lanes and the own lane."""
