@@ -54,7 +54,8 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": ["sphinx-version"],
 }
-html_sidebars = {page: [] for page in ("architecture", "changelog", "numerics", "performance", "start")}
+ALONE = ("architecture", "changelog", "gpu", "numerics", "performance", "pytorch", "reliability", "start")
+html_sidebars = {page: [] for page in ALONE}
 
 
 sphinx_gallery_conf = {

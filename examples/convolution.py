@@ -13,8 +13,7 @@ convolution. Three things are worth knowing when you write such a network by han
   of it.
 
 **What to look at.** Both layouts learn the same: the curves lie on each other until roundings, which
-differ, have grown. Folding changes the logits in the last digits only and takes the time of the norms away;
-most of the time are the convolutions, which are written in plain NumPy here.
+differ, have grown. Folding changes the logits in the last digits only and takes the time of the norms away.
 """
 
 from __future__ import annotations

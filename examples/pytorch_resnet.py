@@ -131,7 +131,11 @@ def make_runs(channels_last: bool, rate: float) -> list[Run]:
     original = ResNet18()
     if channels_last:
         original = original.to(memory_format=torch.channels_last)
-    models = {"PyTorch": original, "nbnorm": copy.deepcopy(original), "nbnorm, fused": copy.deepcopy(original)}
+    models = {
+        "PyTorch": original,
+        "nbnorm": copy.deepcopy(original),
+        "nbnorm, fused": copy.deepcopy(original),
+    }
     print(nbnorm.torch.replace(models["nbnorm"]))
     print(nbnorm.torch.replace(models["nbnorm, fused"], fuse=True))
     return [

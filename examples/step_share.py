@@ -7,7 +7,7 @@ with every kind of layer timed on its own: a small dense network (32 images, 128
 images, 1024 features) and a convolutional one (32 images, 16 channels of 16 x 16).
 
 Each is measured with a relu of its own behind batch norm, and with ``activation="relu"``, which does both
-in one pass.
+in one pass. Everything has one thread.
 
 **What to look at.** In the small network half of the step goes into batch norm: that is the price of calls,
 some tens of microseconds each, which hardly depends on the size. In the others it is a few per cent, for

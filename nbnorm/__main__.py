@@ -151,7 +151,7 @@ def _bench_table(rows: list[_bench.Row], peers: bool) -> _tables.Table:
     """Lay out the measurements."""
     facts = tools.info()
     processor = f"{facts['cpu']} ({facts['cpu_target']})"
-    title = f"nbnorm {tools.version()}, float32, {facts['threads']} threads of {processor}"
+    title = f"nbnorm {tools.version()}, float32, {facts['threads']} thread(s) of {processor}"
     headers = ("norm", "shape", "call", "time", "copies", *(["x torch"] if peers else []))
     table = _tables.Table(title, headers, words=3)
     for row in rows:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm._checks import apart
+from nbnorm._checks import PARAMETERS, apart
 from nbnorm._view import View
 
 Key = tuple[Any, ...]
@@ -31,13 +31,13 @@ def key(x: Any, weight: Any, bias: Any, out: Any, eps: Any, channel_axis: Any) -
     """Return what decides about the checks of a call, None for one that needs a closer look."""
     if type(x) is not np.ndarray or type(eps) is not float or type(channel_axis) is not int:
         return None
-    if not x.flags.aligned or x.dtype.itemsize < 4:
+    if not x.flags.aligned or x.dtype not in PARAMETERS:
         return None
     forms: list[Any] = [x.shape, x.strides, x.dtype, eps, channel_axis]
     for array in (weight, bias):
         if array is None:
             forms.append(None)
-        elif type(array) is np.ndarray and array.flags.aligned:
+        elif type(array) is np.ndarray and array.flags.aligned and array.dtype in PARAMETERS:
             forms += (array.shape, array.dtype)
         else:
             return None

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -132,6 +133,26 @@ def test_stale_code_is_not_found(change, folder, monkeypatch):
     assert compiled_by() == 0
 
 
+def test_the_digest_covers_every_source_of_kernels(tmp_path, monkeypatch):
+    """A file with a compiled function in it that the digest leaves out would keep stale code alive."""
+    package = Path(nbnorm.__file__).parent
+    copy = shutil.copytree(package, tmp_path / "nbnorm", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(cache, "_HERE", copy / "_cpu")
+    expected = cache._source_digest()
+    compiled = re.compile(
+        r"^@(formula|helper|reduction|intrinsic|overload|kernel|Twins|.*njit)", re.MULTILINE
+    )
+    shared = [path for path in package.glob("*.py") if compiled.search(path.read_text())]
+    assert shared
+    for path in [*shared, *(package / "_cpu").glob("*.py")]:
+        source = copy / path.relative_to(package)
+        text = source.read_text()
+        source.write_text(text + "# changed")
+        assert cache._source_digest() != expected, path.name
+        source.write_text(text)
+    assert cache._source_digest() == expected
+
+
 def test_settings_without_influence(folder, monkeypatch):
     """The number of threads and the threading layer change no code."""
     compiled_by()
@@ -260,7 +281,9 @@ def test_changed_formula(package):
     source = package / "nbnorm" / "_math.py"
     text = source.read_text()
     # Of another length: Python itself takes an edit of the same second and size for none.
-    source.write_text(text.replace("1.0 / np.sqrt(m2 / n + eps)", "9.00 / np.sqrt(m2 / n + eps)"))
+    changed = re.sub(r"1\.0( / [\w.]*sqrt\(m2 / n \+ eps\))", r"9.00\1", text)
+    assert len(changed) == len(text) + 1
+    source.write_text(changed)
     assert run(RSTD, **environment)[0] == "4.5 True"
     source.write_text(text)
     assert run(RSTD, **environment)[0] == "0.5 False"
@@ -302,12 +325,12 @@ print("right")
 """
 
 
-@pytest.mark.slow
-def test_race_for_a_cold_cache(tmp_path):
-    """Sixteen processes, two types in either order, one empty folder: Numba's index mixed the types up."""
+@pytest.mark.parametrize("count", [pytest.param(16, marks=pytest.mark.processes), 4])
+def test_race_for_a_cold_cache(count, tmp_path):
+    """Many processes, two types in either order, one empty folder: Numba's index mixed the types up."""
     racers = [
         start(UPDATES.format(order=(-1) ** i), NUMBA_CACHE_DIR=tmp_path, NUMBA_NUM_THREADS=1)
-        for i in range(16)
+        for i in range(count)
     ]
     for process in racers:
         line, err = finish(process, timeout=300)
@@ -333,7 +356,7 @@ print(json.dumps([len(recorder.buffer) > 0, digests]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_both_twins_from_the_disk(tmp_path):
     """A training step in a new process compiles nothing, under any threading layer, and has the same bits."""
     expected = None

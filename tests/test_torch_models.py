@@ -106,18 +106,21 @@ def train(model, optimizer, inputs):
 def test_training(model, name, fuse):
     """Twenty steps, then eval: losses to 1e-4, states and outputs; and one step with the optimizer made before."""
     theirs, draw = model
+    # In float32 the 16 values per channel of its last stage amplify rounding beyond any tolerance.
+    dtype = torch.float64 if name == "ResNet-18" else torch.float32
+    theirs.to(dtype)
     ours = copy.deepcopy(theirs)
     optimizers = [torch.optim.SGD(m.parameters(), 1e-3, momentum=0.9) for m in (theirs, ours)]
     done = nbnorm.torch.replace(ours, fuse=fuse)
     assert sum(map(len, done.fused.values())) == (FUSIONS[name] if fuse else 0)
     assert not done.left
-    inputs = [draw() for _ in range(20)]
+    inputs = [draw().to(dtype) for _ in range(20)]
     expected, found = train(theirs, optimizers[0], inputs), train(ours, optimizers[1], inputs)
     assert found == pytest.approx(expected, rel=1e-4)
-    assert_same_state(ours, theirs, roundings=2000)
+    assert_same_state(ours, theirs, roundings=1e5 if dtype is torch.float64 else 2000)
     theirs.eval(), ours.eval()
-    x = draw()
-    assert_close(ours(x), theirs(x), roundings=2000)
+    x = draw().to(dtype)
+    assert_close(ours(x), theirs(x), roundings=1e5 if dtype is torch.float64 else 2000)
 
 
 @on_models

@@ -19,6 +19,8 @@ from nbnorm._cpu.lanes import (
     apply_row,
     chunk_lane_grad_sums,
     chunk_lane_moments,
+    copy_row,
+    fill,
     input_grad_row,
     line_sum,
     merge_rows,
@@ -169,7 +171,7 @@ def block_moments(g, x, weights, index, lane_moments, mean, m2):
         row(lane_moments[top, 1], own.lane, own.width),
     )
     rest = row(lane_moments[top, 2], own.lane, own.width)
-    rest[:] = 0.0
+    fill(rest, 0.0)
     n = chunk_weight(g, weights, own.batch, 0)
     for other in range(1, cut.chunks * cut.fold):
         chunk, at = other // cut.fold, own.lane + other % cut.fold * own.width
@@ -209,7 +211,7 @@ def repeat_folds(g, own, terms, first, end):
     for k in range(first, end):
         source = row(terms[own.batch, k], own.lane, own.width)
         for f in range(1, fold):
-            row(terms[own.batch, k], own.lane + f * own.width, own.width)[:] = source
+            copy_row(row(terms[own.batch, k], own.lane + f * own.width, own.width), source)
 
 
 @helper

@@ -34,6 +34,20 @@ def row(x, first, n):
 
 
 @helper
+def fill(values, value):
+    """Set all entries of a row; Numba compiles this in a tenth of the time of ``values[:] = value``."""
+    for i in range(values.shape[0]):
+        values[i] = value
+
+
+@helper
+def copy_row(target, source):
+    """Copy a row, compiled as fast as `fill`."""
+    for i in range(target.shape[0]):
+        target[i] = source[i]
+
+
+@helper
 def guess(shift, a, b, c, d, e, f, g, h):
     """Mean of eight rows, lane by lane; exact where they are equal."""
     eighth = rounded(0.125, shift)
@@ -84,9 +98,9 @@ def nth_counted(weights, rows, wanted):
 
 
 @helper
-def eighth_row(x, weights, first, stride, rows, found, k, n):
-    """One of eight rows spread over those of a tile that count."""
-    return row(x, first + nth_counted(weights, rows, found * k // 8) * stride, n)
+def counted_row(x, weights, first, stride, rows, wanted, n):
+    """Row of a tile that counts and has ``wanted`` such rows before it."""
+    return row(x, first + nth_counted(weights, rows, wanted) * stride, n)
 
 
 @helper
@@ -118,17 +132,17 @@ def shifted_lane_sums(x, weights, first, stride, rows, total, squares, shift):
     found = counted_rows(weights, rows)
     guess(
         shift,
-        eighth_row(x, weights, first, stride, rows, found, 0, n),
-        eighth_row(x, weights, first, stride, rows, found, 1, n),
-        eighth_row(x, weights, first, stride, rows, found, 2, n),
-        eighth_row(x, weights, first, stride, rows, found, 3, n),
-        eighth_row(x, weights, first, stride, rows, found, 4, n),
-        eighth_row(x, weights, first, stride, rows, found, 5, n),
-        eighth_row(x, weights, first, stride, rows, found, 6, n),
-        eighth_row(x, weights, first, stride, rows, found, 7, n),
+        counted_row(x, weights, first, stride, rows, found * 0 // 8, n),
+        counted_row(x, weights, first, stride, rows, found * 1 // 8, n),
+        counted_row(x, weights, first, stride, rows, found * 2 // 8, n),
+        counted_row(x, weights, first, stride, rows, found * 3 // 8, n),
+        counted_row(x, weights, first, stride, rows, found * 4 // 8, n),
+        counted_row(x, weights, first, stride, rows, found * 5 // 8, n),
+        counted_row(x, weights, first, stride, rows, found * 6 // 8, n),
+        counted_row(x, weights, first, stride, rows, found * 7 // 8, n),
     )  # fmt: skip
-    total[:] = 0
-    squares[:] = 0
+    fill(total, 0)
+    fill(squares, 0)
     if weights is not None:
         for r in range(rows):
             if weights[r] > 0:
@@ -186,15 +200,15 @@ def row_weight(weights, r):
 def careful_lane_sums(x, weights, first, stride, rows, count, total, squares, mean):
     """Approximate mean of each lane and the sums about it, in two float64 passes."""
     n = total.shape[0]
-    mean[:] = 0.0
+    fill(mean, 0.0)
     for r in range(rows):
         w = row_weight(weights, r)
         if w > 0.0:
             add_wide(mean, row(x, first + r * stride, n), w)
     for i in range(n):
         mean[i] /= count
-    total[:] = 0.0
-    squares[:] = 0.0
+    fill(total, 0.0)
+    fill(squares, 0.0)
     for r in range(rows):
         w = row_weight(weights, r)
         if w > 0.0:
@@ -229,9 +243,9 @@ def chunk_lane_moments(x, weights, first, stride, rows, sums, wide_sums, mean, m
     lanes = mean.shape[0]
     total, squares, shift = sums[0, :lanes], sums[1, :lanes], sums[2, :lanes]
     wide_total, wide_squares, wide_mean = wide_sums[0, :lanes], wide_sums[1, :lanes], wide_sums[2, :lanes]
-    mean[:] = 0.0
-    m2[:] = 0.0
-    rest[:] = 0.0
+    fill(mean, 0.0)
+    fill(m2, 0.0)
+    fill(rest, 0.0)
     n = 0.0
     for r in range(0, rows, TILE_ROWS):
         start = first + r * stride
@@ -368,10 +382,11 @@ def chunk_lane_grad_sums(
     """
     n = mean_hi.shape[0]
     narrow_dz, narrow_dz_x_hat = row(sums[0], 0, n), row(sums[1], 0, n)
-    lane_sums[:, :] = 0.0
+    for k in range(4):
+        fill(lane_sums[k], 0.0)
     for start in range(0, max(rows, 1), TILE_ROWS):
-        narrow_dz[:] = 0
-        narrow_dz_x_hat[:] = 0
+        fill(narrow_dz, 0)
+        fill(narrow_dz_x_hat, 0)
         r, end = start, min(start + TILE_ROWS, rows)
         while r + 4 <= end:
             i = first + r * stride
