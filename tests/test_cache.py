@@ -142,7 +142,10 @@ def test_the_digest_covers_every_source_of_kernels(tmp_path, monkeypatch):
     compiled = re.compile(
         r"^@(formula|helper|reduction|intrinsic|overload|kernel|Twins|.*njit)", re.MULTILINE
     )
-    shared = [path for path in package.glob("*.py") if compiled.search(path.read_text())]
+    others = {"_bench.py"}  # its copy of an array is compiled for itself and kept nowhere
+    shared = [
+        path for path in package.glob("*.py") if path.name not in others and compiled.search(path.read_text())
+    ]
     assert shared
     for path in [*shared, *(package / "_cpu").glob("*.py")]:
         source = copy / path.relative_to(package)
