@@ -8,6 +8,7 @@ every lane is a thread of the operating system.
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
@@ -21,6 +22,7 @@ WARP = 4 if SIMULATED else 32
 SHARED = 2 * (1024 // 32)
 
 if SIMULATED:
+    from numba.cuda.simulator.kernelapi import FakeCUDAShared
 
     class _Warp:
         """Where the lanes of one warp leave their values."""
@@ -30,6 +32,17 @@ if SIMULATED:
             self.values: list[Any] = [None] * WARP
 
     _lock = threading.Lock()
+
+    def _shared_array(self, shape, dtype, alignment=None):
+        """Give all threads of a block the same memory; the simulator's own makes two where two ask at once."""
+        caller = sys._getframe(1)
+        place = caller.f_code, caller.f_lineno
+        with _lock:
+            if place not in self._allocations:
+                self._allocations[place] = np.empty(shape, dtype)
+            return self._allocations[place]
+
+    FakeCUDAShared.array = _shared_array  # type: ignore[method-assign]
 
     def _gather(value):
         """Return the values of all lanes and the own lane."""
@@ -68,20 +81,6 @@ if SIMULATED:
         """Wait for all threads of the block."""
         threading.current_thread().syncthreads()
 
-    def shared_memory(shape: Any, dtype: Any) -> Any:
-        """Return the function that gives the memory of a block; the simulator's own may make two for one block."""
-        name = object()
-
-        def memory():
-            with _lock:
-                thread: Any = threading.current_thread()
-                arrays = thread._manager.__dict__.setdefault("nbnorm_shared", {})
-                if name not in arrays:
-                    arrays[name] = np.empty(shape, dtype)
-                return arrays[name]
-
-        return memory
-
 else:
     _ALL = 0xFFFFFFFF
 
@@ -114,15 +113,6 @@ else:
     def sync():
         """Wait for all threads of the block."""
         cuda.syncthreads()
-
-    def shared_memory(shape: Any, dtype: Any) -> Any:
-        """Return the function that gives the memory of a block."""
-
-        @device
-        def memory():
-            return cuda.shared.array(shape, dtype)
-
-        return memory
 
 
 @device

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from nbnorm._cuda.collective import shared_memory, sync
+from nbnorm._cuda.collective import sync
 from nbnorm._cuda.memory import BLOCK, FLOAT64, device, get, load, put, real, store
 from nbnorm._cuda.memory import kernel as compiled
 from nbnorm._cuda.pieces import ABSENT, Build, activation_of
@@ -121,12 +121,10 @@ def moments_kernel(b: Build) -> Any:
     mask_weight = _mask_weight(number, has_mask)
     careful = _careful(b.kind, width, has_mask)
 
-    block_memory = shared_memory((BLOCK, 3), np.float64)
-
     def kernel(x, mask, parts, lane_blocks, chunks, chunk, lanes, rows, group, inner, period, run, positions):
         batch, part, lane = locate(cuda.blockIdx.x, lane_blocks, chunks, cuda.blockDim.x, width)
         depth, deep = cuda.threadIdx.y, cuda.blockDim.y
-        shared = block_memory()
+        shared = cuda.shared.array((BLOCK, 3), np.float64)
         held = cuda.local.array(width, number)
         shift = cuda.local.array(width, number)
         total = cuda.local.array(width, number)
@@ -300,15 +298,13 @@ def grad_sums_kernel(b: Build) -> Any:
     residual_span = width if has_residual else 1
     z_span = width if needs_z else 1
 
-    block_memory = shared_memory((BLOCK, 2), np.float64)
-
     def kernel(
         x, dy, weight, bias, residual, mean, rstd, parts, lane_blocks, chunks, chunk, lanes, rows, group, inner,
         period, run,
     ):  # fmt: skip
         batch, part, lane = locate(cuda.blockIdx.x, lane_blocks, chunks, cuda.blockDim.x, width)
         depth, deep = cuda.threadIdx.y, cuda.blockDim.y
-        shared = block_memory()
+        shared = cuda.shared.array((BLOCK, 2), np.float64)
         held = cuda.local.array(width, number)
         incoming = cuda.local.array(width, number)
         added = cuda.local.array(residual_span, number)

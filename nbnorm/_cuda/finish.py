@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from nbnorm._cuda.collective import WARP, from_lane, shared_memory, sync, warp_sum
+from nbnorm._cuda.collective import WARP, from_lane, sync, warp_sum
 from nbnorm._cuda.memory import BLOCK, FLOAT64, get, put
 from nbnorm._cuda.memory import kernel as compiled
 from nbnorm._cuda.pieces import ABSENT
@@ -97,10 +97,9 @@ def fold_kernel(kind: int) -> Any:
 
     Parameters lie in runs of ``run``, ``jump`` elements apart, from ``start``.
     """
-    block_memory = shared_memory((FOLD_DEPTH, WARP), np.float64)
 
     def kernel(parts, result, parameters, start, run, jump, rows, pitch):
-        shared = block_memory()
+        shared = cuda.shared.array((FOLD_DEPTH, WARP), np.float64)
         parameter = cuda.blockIdx.x * WARP + cuda.threadIdx.x
         depth = cuda.threadIdx.y
         total = 0.0

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from nbnorm._cuda.collective import SHARED, shared_memory, sync, team_sums
+from nbnorm._cuda.collective import SHARED, sync, team_sums
 from nbnorm._cuda.memory import BLOCK, FLOAT32, FLOAT64, get, load, put, real, store
 from nbnorm._cuda.memory import kernel as compiled
 from nbnorm._cuda.pieces import (
@@ -58,7 +58,7 @@ def forward_kernel(b: Build, writes: bool) -> Any:
     residual_span = width if has_residual else 1
     mask_span = span if has_mask else 1
     parameter_span = 1 if b.rule == SLOT else width
-    block_memory = shared_memory(SHARED if b.warps > 1 else 1, np.float64)
+    room = SHARED if b.warps > 1 else 1
 
     def kernel(
         x, y, weight, bias, residual, mask, mean, m2, rstd, eps, slots, values, length, pitch, jump, turn, period,
@@ -66,7 +66,7 @@ def forward_kernel(b: Build, writes: bool) -> Any:
     ):  # fmt: skip
         thread = cuda.threadIdx.x % team
         slot = (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) // team
-        shared = block_memory()
+        shared = cuda.shared.array(room, np.float64)
         if slot < slots:
             held = cuda.local.array(span, number)
             weights = cuda.local.array(mask_span, number)
@@ -134,7 +134,7 @@ def backward_kernel(b: Build, with_parameters: bool, writes_residual: bool) -> A
     residual_span = width if has_residual else 1
     mask_span = width if has_mask else 1
     parameter_span = 1 if b.rule == SLOT else width
-    block_memory = shared_memory(SHARED if b.warps > 1 else 1, np.float64)
+    room = SHARED if b.warps > 1 else 1
     sums_kind = FLOAT64 if kind == FLOAT64 else FLOAT32
 
     def kernel(
@@ -143,7 +143,7 @@ def backward_kernel(b: Build, with_parameters: bool, writes_residual: bool) -> A
     ):  # fmt: skip
         thread = cuda.threadIdx.x % team
         index = (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) // team
-        shared = block_memory()
+        shared = cuda.shared.array(room, np.float64)
         if index < bands * period:
             held = cuda.local.array(span, number)
             incoming = cuda.local.array(span, number)
@@ -263,14 +263,13 @@ def parameter_sums_kernel(b: Build) -> Any:
     residual_span = width if has_residual else 1
     parameter_span = width if needs_z else 1
     sums_kind = FLOAT64 if kind == FLOAT64 else FLOAT32
-    block_memory = shared_memory((BAND_ROWS, 3), number)
 
     def kernel(
         x, dy, weight, bias, residual, mean, rstd, parts, lane_blocks, bands, band, slots, values, period
     ):
         column = (cuda.blockIdx.x % lane_blocks * cuda.blockDim.x + cuda.threadIdx.x) * width
         index = cuda.blockIdx.x // lane_blocks
-        terms = block_memory()
+        terms = cuda.shared.array((BAND_ROWS, 3), number)
         held = cuda.local.array(width, number)
         incoming = cuda.local.array(width, number)
         added = cuda.local.array(residual_span, number)
