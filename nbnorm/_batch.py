@@ -69,7 +69,7 @@ def forward_training(
     if single(call, settings):
         if settings.small_batch == "running":
             return forward_single(call, pair, settings.rule)
-        pair = None
+        pair, settings = None, settings._replace(renorm=None)
     y, saved = normalize_batch(call, pair, settings)
     return y, saved, track(saved, pair, settings.rule)
 
@@ -84,6 +84,7 @@ def track(saved: Saved, pair: Pair | None, rule: Rule) -> int | None:
 
 def normalize_batch(call: Call, pair: Pair | None, settings: Training) -> tuple[Array, Saved]:
     """Normalize by the batch's own statistics, corrected towards the running ones by batch renormalization."""
+    call = _call.counted(call)
     correction = None
     count = count_of(call)
     rule = settings.rule
@@ -95,7 +96,8 @@ def normalize_batch(call: Call, pair: Pair | None, settings: Training) -> tuple[
         if settings.renorm is not None:
             correction = renormalization(call, mean, m2, count, pair, settings.renorm)
         saved = _call.save(call, "batch_norm", mean, rstd, count, m2, correction=correction)
-        y = _call.apply(call._replace(epilogue=saved.epilogue), mean, rstd)
+        corrected = saved.epilogue._replace(residual=call.epilogue.residual)
+        y = _call.apply(call._replace(epilogue=corrected), mean, rstd)
     else:
         y, mean, m2, rstd = _call.forward(call)
         saved = _call.save(call, "batch_norm", mean, rstd, count, m2)

@@ -31,6 +31,7 @@ class Call(NamedTuple):
     epilogue: Epilogue
     with_residual: bool
     mask: Mask | None
+    sample_axis: int
     eps: float
     out: Array | None
 
@@ -55,7 +56,7 @@ def batch_call(
     key = _recall.key(x, weight, bias, out, eps, channel_axis) if options is PLAIN else None
     view = _recall.views.get(key) if key is not None else None
     if view is not None:
-        return Call(operation, x, x, view, None, Epilogue(weight, bias), False, None, eps, out)
+        return Call(operation, x, x, view, None, Epilogue(weight, bias), False, None, 0, eps, out)
     call = _new_batch_call(operation, x, weight, bias, eps, channel_axis, out, options)
     if key is not None and call.x is x:
         _recall.remember(key, call.view)
@@ -132,9 +133,6 @@ def _call(
     if out is not None:
         _checks.out("out", out, source.shape, source.dtype)
         _checks.disjoint_from_parameters("out", out, weight, bias)
-        if activation is not None:
-            reason = ", which backward needs for the activation"
-            _checks.disjoint("out", out, [("residual", residual)], reason)
     _checks.together(_TOGETHER, (source, weight, bias, residual, out))
     if weights is not None:
         weights = _masks.check(weights, source.shape, channel_axis)
@@ -142,19 +140,28 @@ def _call(
     mask = None
     if weights is not None:
         mask = _masks.arrange(weights, x, view, channel_axis)
-        x = _masks.without_uncounted(x, mask, sample_axis)
     with_residual = residual is not None
     if residual is not None:
         residual = _layout.arrange(residual, x)
     marker = None if activation is None else _activation.marker(*activation, double=source.itemsize == 8)
     epilogue = Epilogue(weight, bias, residual, marker)
-    return Call(operation, source, x, view, results, epilogue, with_residual, mask, eps, out)
+    return Call(operation, source, x, view, results, epilogue, with_residual, mask, sample_axis, eps, out)
 
 
-def keep_x(call: Call) -> None:
-    """Refuse to write over what backward needs."""
-    if call.out is not None and not _checks.apart(call.out, call.source):
-        _checks.disjoint("out", call.out, [("x", call.source)], ", which backward needs")
+def keep_inputs(call: Call) -> None:
+    """Refuse to write over what backward needs: x, and the residual below an activation."""
+    out, residual, activation = call.out, call.epilogue.residual, call.epilogue.activation
+    if out is not None and not _checks.apart(out, call.source):
+        _checks.disjoint("out", out, [("x", call.source)], ", which backward needs")
+    if out is not None and activation is not None:
+        _checks.disjoint("out", out, [("residual", residual)], ", which backward needs for the activation")
+
+
+def counted(call: Call) -> Call:
+    """Prepare a call for statistics of its own: what has none at all leaves no trace, NaN or not."""
+    if call.mask is None:
+        return call
+    return call._replace(x=_masks.without_uncounted(call.x, call.mask, call.sample_axis))
 
 
 def forward(call: Call, centered: bool = True) -> tuple[Array, Array | None, Array, Array]:
@@ -189,7 +196,8 @@ def normalize(
     norm: str, call: Call, statistics: tuple[int, ...], centered: bool = True
 ) -> tuple[Array, Saved]:
     """Run a forward call whose every sample has statistics of its own, of the shape ``statistics``."""
-    keep_x(call)
+    keep_inputs(call)
+    call = counted(call)
     y, mean, m2, rstd = forward(call, centered)
     warn_of_zero_over_zero(call, m2)
     count = np.float64(call.view.values) if call.mask is None else call.mask.counts[:, np.newaxis]
@@ -199,6 +207,8 @@ def normalize(
 
 def warn_of_zero_over_zero(call: Call, m2: Array) -> None:
     """Warn as NumPy does where eps = 0 meets a slot without variance; on a device a look would wait for it."""
+    if call.mask is not None and not call.mask.counts.all():
+        return
     if call.eps == 0.0 and call.view.size and isinstance(m2, np.ndarray) and not m2.all():
         _warn.warn(f"invalid value encountered in {call.operation}")
 

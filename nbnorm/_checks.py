@@ -116,13 +116,13 @@ def _number(value: Any) -> float:
         return float("nan")
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return float("nan")
 
 
 def ddof(value: Any) -> int:
     """Return the delta degrees of freedom."""
-    if isinstance(value, (bool, np.bool_)) or value not in (0, 1):
+    if isinstance(value, (bool, np.bool_, np.ndarray)) or value not in (0, 1):
         raise ValueError(f"ddof must be 0 (biased) or 1 (unbiased), got {value!r}")
     return int(value)
 
@@ -153,11 +153,11 @@ def activation(value: Any) -> tuple[str, float] | None:
     """Return the name of an activation and its slope, or None."""
     if value is None:
         return None
-    name, slope = value, 0.0
-    if isinstance(value, (tuple, list)) and len(value) == 2 and value[0] == "leaky_relu":
-        name, slope = value[0], _number(value[1])
-    elif value == "leaky_relu" or not isinstance(value, str) or value not in ("relu", "silu"):
-        name = ""
+    name, slope = "", 0.0
+    if isinstance(value, str) and value in ("relu", "silu"):
+        name = value
+    elif isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[0], str):
+        name, slope = value[0] if value[0] == "leaky_relu" else "", _number(value[1])
     if not name or not np.isfinite(slope):
         raise ValueError(f"activation must be None, 'relu', ('leaky_relu', slope) or 'silu', got {value!r}")
     return name, slope
@@ -168,7 +168,12 @@ def mask(value: Any, expected: tuple[int, ...]) -> Any:
     if is_foreign(value) or isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"mask must be an array like x, got {type_name(value)}")
     on_device = is_cupy(value)
-    weights = value if on_device else np.asarray(value)
+    try:
+        weights = value if on_device else np.asarray(value)
+    except ValueError:
+        raise ValueError(f"mask must be an array of numbers, got {value!r:.80}") from None
+    if weights.dtype.name == "bfloat16":
+        weights = weights.astype(np.float32)
     if weights.dtype.kind not in "biuf":
         raise TypeError(f"mask must be boolean or floating, got dtype {weights.dtype}")
     try:
@@ -185,6 +190,10 @@ def mask(value: Any, expected: tuple[int, ...]) -> Any:
     ):
         worst = weights[~(np.isfinite(weights) & (weights >= 0))].flat[0]
         raise ValueError(f"mask must hold finite weights >= 0, got {worst}")
+    if not on_device and weights.dtype.kind == "f":
+        extreme = weights[(weights > 0) & ((weights < 1e-30) | (weights > 1e30))]
+        if extreme.size:
+            raise ValueError(f"mask must hold weights of 0 or from 1e-30 to 1e30, got {extreme.flat[0]}")
     return weights
 
 

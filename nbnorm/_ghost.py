@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,12 +36,16 @@ def forward_training(
     if size is None:
         return _batch.forward_training(call, running_mean, running_var, settings)
     axis = _checks.axis("channel_axis", channel_axis, call.source.ndim)
+    if call.view.size and _masks.single(call.mask, call.view):
+        y, alone, update = _batch.forward_training(call, running_mean, running_var, settings)
+        return y, replace(alone, mean=np.asarray(alone.mean)[np.newaxis], rstd=alone.rstd[np.newaxis]), update
     pair = _batch.running_pair(call, running_mean, running_var)
-    y = _layout.empty_like(call.source) if call.out is None else call.out
+    y = _room(call)
     where = slices(call.source.shape, axis, size)
     calls = list(_parts(call, where, axis, options, y))
-    for part in calls:
-        _batch.single(part, settings)
+    singles = [_batch.single(part, settings) for part in calls]
+    if settings.small_batch == "running" and pair is None and any(singles):
+        raise ValueError("running_mean and running_var are required when small_batch='running'")
     if settings.rule.nonfinite == "raise":
         mean, m2 = backend(call.x).moments(call.view, call.x, True, call.mask)
         var = running.batch_var(_batch.count_of(call), m2, settings.rule.ddof)
@@ -53,15 +58,21 @@ def forward_training(
         _batch.count_of(call), None, False, parts=parts,
         places=tuple(where), whole=_moments(calls, parts),
     )  # fmt: skip
-    return y, saved, _batch.track(saved, pair, settings.rule)
+    return _layout.deliver(y, call.out), saved, _batch.track(saved, pair, settings.rule)
+
+
+def _room(call: Call) -> Array:
+    """Return where all virtual batches are written: not into a residual that later ones still read."""
+    residual = call.epilogue.residual
+    if call.out is None or (residual is not None and _checks.overlap(call.out, residual)):
+        return _layout.empty_like(call.source)  # type: ignore[no-any-return]
+    return call.out
 
 
 def _normalize(call: Call, pair: Pair | None, settings: Training) -> Saved:
     """Normalize one virtual batch; one with a single value by the running statistics if that is wanted."""
     alone = settings.small_batch == "running" and _masks.single(call.mask, call.view)
-    if alone and call.view.size:
-        if pair is None:
-            raise ValueError("running_mean and running_var are required when small_batch='running'")
+    if alone and call.view.size and pair is not None:
         return _batch.forward_by_constants(call, *pair)[1]
     return _batch.normalize_batch(call, pair, settings)[1]
 

@@ -23,10 +23,10 @@ def arrange(weights: Array, x: Array, view: View, channel_axis: int) -> Mask:
     xp = library(x)
     spread = xp.expand_dims(xp.asarray(weights), channel_axis).transpose(axes).reshape(-1)
     rows = view.slots // view.period if view.period else 0
-    lines = spread.reshape(rows, -1) if rows else spread.reshape(0, 0)
+    lines = spread.reshape(rows, spread.size // rows) if rows else spread[:0].reshape(0, 0)
     computing = np.float64 if x.itemsize == 8 else np.float32
     counts = lines.sum(axis=1, dtype=np.float64) * view.width
-    return Mask(xp.ascontiguousarray(lines, dtype=computing), counts)
+    return Mask(xp.array(lines, dtype=computing, order="C"), counts)  # a copy: the user's may change
 
 
 def single(mask: Mask | None, view: View) -> bool:

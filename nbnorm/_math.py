@@ -83,7 +83,10 @@ def settled(total, rest):
 @formula
 def reciprocal_std(m2, n, eps):
     """1 / sqrt(var + eps) with the biased variance, the one that normalizes; 0 without values."""
-    return 0.0 if n == 0.0 else 1.0 / sqrt(m2 / n + eps)
+    if n == 0.0:
+        return 0.0
+    var = m2 / n + eps
+    return np.nan if var < 0.0 else np.float64(1.0) / np.float64(sqrt(var))
 
 
 @formula

@@ -125,7 +125,7 @@ def group_view(
     spatial = tuple(axis for axis in order if axis not in (sample_axis, channel_axis))
     sample = (sample_axis,) if samples > 1 else ()
     channel = (channel_axis,) if channels > 1 else ()
-    if order == sample + channel + spatial:
+    if order == sample + channel + spatial or 0 in shape:
         if space == 1 and width > 1 and not plain:
             return View(samples, 1, num_groups, width, num_groups, width, 1, "columns")
         traversal = "rows" if space == 1 and width > 1 else "planes"

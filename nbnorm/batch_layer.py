@@ -152,7 +152,7 @@ class BatchNorm(ChannelLayer):
         weight, bias = self.params.get("weight"), self.params.get("bias")
         given = _call.Options(**options)
         call = _call.batch_call("BatchNorm", x, weight, bias, self.eps, self.channel_axis, out, given)
-        _call.keep_x(call)
+        _call.keep_inputs(call)
         with self._lock:
             if self.training or not self._running:
                 return self._train_on(call, given)

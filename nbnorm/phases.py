@@ -117,7 +117,7 @@ def batch_norm_apply(
         raise ValueError(
             f"m has count 0, expected the moments of the batch that x with shape {call.x.shape} is part of"
         )
-    _call.keep_x(call)
+    _call.keep_inputs(call)
     return _batch.forward_by_moments(call, m, constant)
 
 
@@ -134,7 +134,8 @@ def batch_norm_grad_sums(dy: Any, saved: Saved) -> GradSums:
     Returns
     -------
     GradSums
-        In float64: ``sum_dz`` is dbias and ``sum_dz_x_hat`` is dweight.
+        In float64: ``sum_dz`` is dbias and ``sum_dz_x_hat`` is dweight, but for batch renormalization, whose
+        dweight is r * sum_dz_x_hat + d * sum_dz.
 
     Raises
     ------

@@ -97,9 +97,14 @@ class Saved:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays that are kept alive."""
-        weights = () if self.mask is None else tuple(self.mask)
-        arrays = (self.x, self.weight, self.bias, self.mean, self.rstd, self.m2, self.residual, *weights)
+        arrays = [self.x, self.weight, self.bias, self.residual, *self._small()]
+        for part in self.parts:
+            arrays += part._small()
         return sum(array.nbytes for array in arrays if array is not None)
+
+    def _small(self) -> list[Any]:
+        """Return the arrays that are its own."""
+        return [self.mean, self.rstd, self.m2, *(self.mask or ()), *(self.correction or ())]
 
     def _counts(self) -> str:
         """Write one count, or the range of several."""
