@@ -380,6 +380,17 @@ def overlap(a: np.ndarray, b: np.ndarray) -> bool:
         return True
 
 
+def distinct(*arrays: Any) -> bool:
+    """Whether arrays surely share no memory with each other, seen at a glance: `apart` for all pairs."""
+    seen = set()
+    for array in arrays:
+        if array is not None:
+            if type(array) is not np.ndarray or array.base is not None or id(array) in seen:
+                return False
+            seen.add(id(array))
+    return True
+
+
 def keys(name: str, mapping: Mapping[str, Any], expected: Collection[str]) -> None:
     """Refuse missing and unexpected keys, naming all of them."""
     missing = sorted(set(expected) - set(mapping))

@@ -199,12 +199,13 @@ def _buffers(
         raise ValueError(
             f"out must be a tuple of {len(names)} arrays or None ({', '.join(names)}), got {out!r:.80}"
         )
+    apart = _checks.distinct(*out, saved.weight, saved.bias)
     for i, (name, like, buffer) in enumerate(zip(names, likes, out, strict=True)):
         if buffer is None:
             continue
         if not wanted[i]:
             raise ValueError(f"out[{i}] was given, but {name} is not computed")
-        if not _checks.fitting(buffer, like) or not _checks.apart(buffer, saved.weight, saved.bias, *out[:i]):
+        if not apart or not _checks.fitting(buffer, like):
             assert like is not None
             _checks.out(f"out[{i}]", buffer, like.shape, like.dtype)
             _checks.together(("x", f"out[{i}]"), (saved.x, buffer))
@@ -226,5 +227,5 @@ def _cast(values: Array, like: Array | None, out: Array | None) -> Array:
     assert like is not None
     if out is None:
         return values.reshape(like.shape).astype(like.dtype)
-    out[...] = values.reshape(like.shape)
+    out[...] = values if values.shape == like.shape else values.reshape(like.shape)
     return out
