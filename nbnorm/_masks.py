@@ -26,7 +26,7 @@ def arrange(weights: Array, x: Array, view: View, channel_axis: int) -> Mask:
     lines = spread.reshape(rows, spread.size // rows) if rows else spread[:0].reshape(0, 0)
     computing = np.float64 if x.itemsize == 8 else np.float32
     counts = lines.sum(axis=1, dtype=np.float64) * view.width
-    return Mask(xp.array(lines, dtype=computing, order="C"), counts)  # a copy: the user's may change
+    return Mask(xp.ascontiguousarray(lines.astype(computing)), counts)  # a copy: the user's may change
 
 
 def single(mask: Mask | None, view: View) -> bool:
