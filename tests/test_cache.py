@@ -284,7 +284,7 @@ def test_changed_formula(package):
     source = package / "nbnorm" / "_math.py"
     text = source.read_text()
     # Of another length: Python itself takes an edit of the same second and size for none.
-    changed = re.sub(r"1\.0( / [\w.]*sqrt\(m2 / n \+ eps\))", r"9.00\1", text)
+    changed = re.sub(r"np\.float64\(1\.0\)( / np\.float64\(sqrt\(var\)\))", r"np.float64(9.00)\1", text)
     assert len(changed) == len(text) + 1
     source.write_text(changed)
     assert run(RSTD, **environment)[0] == "4.5 True"
