@@ -201,7 +201,7 @@ def test_example(example, tmp_path, capsys):
     """The example trains all its networks alike, prints that, and draws a PNG."""
     pytest.importorskip("matplotlib")
     figure = tmp_path / "resnet.png"
-    # With four images of 32 x 32 the last stage has four values per channel, and PyTorch's own losses come out 14 % apart
+    # Four images of 32 x 32 leave four values per channel in the last stage: PyTorch's own losses come out 14 % apart
     # after four steps if its first weights are changed by 1e-7; here by 1e-5.
     arguments = ["--steps", "4", "--batch-size", "8", "--size", "64", "--learning-rate", "0.0001"]
     first, *rest = example.main([*arguments, "--output", str(figure)])
