@@ -215,6 +215,15 @@ def repeat_folds(g, own, terms, first, end):
 
 
 @helper
+def lay_out(terms, lane, run, value):
+    """Write one coefficient to the lanes of a run."""
+    if run == 1:
+        terms[lane] = value
+    else:
+        fill(row(terms, lane, run), value)
+
+
+@helper
 def spread_affine(g, index, mean, rstd, weight, bias, terms, at):
     """Lay the coefficients of `normalize` out along the lanes of a block, from row ``at`` of the terms."""
     cut, own = unpack(g), locate(g, index)
@@ -225,8 +234,9 @@ def spread_affine(g, index, mean, rstd, weight, bias, terms, at):
             p = slot % cut.period * cut.width + j
             w, b = parameter(weight, p, 1.0), parameter(bias, p, 0.0)
             mean_hi, scale, shift = affine(mean[slot], rstd[slot], w, b, terms)
-            for i in range(lane, lane + cut.run):
-                rows[at, i], rows[at + 1, i], rows[at + 2, i] = mean_hi, scale, shift
+            lay_out(rows[at], lane, cut.run, mean_hi)
+            lay_out(rows[at + 1], lane, cut.run, scale)
+            lay_out(rows[at + 2], lane, cut.run, shift)
             lane += cut.run
     repeat_folds(g, own, terms, at, at + 3)
 
@@ -330,14 +340,11 @@ def spread_gradient_terms(
         )
         for j in range(cut.width):
             gain = rounded(factor * parameter(weight, first + j, 1.0), terms)
-            for i in range(lane, lane + cut.run):
-                rows[0, i], rows[1, i], rows[2, i], rows[3, i], rows[4, i] = (
-                    mean_hi,
-                    scale,
-                    slope,
-                    offset,
-                    gain,
-                )
+            lay_out(rows[0], lane, cut.run, mean_hi)
+            lay_out(rows[1], lane, cut.run, scale)
+            lay_out(rows[2], lane, cut.run, slope)
+            lay_out(rows[3], lane, cut.run, offset)
+            lay_out(rows[4], lane, cut.run, gain)
             lane += cut.run
     repeat_folds(g, own, terms, 0, 5)
 
