@@ -12,6 +12,9 @@ import nbnorm
 TESTS = Path(__file__).parent
 # Seconds; it takes 20 to 40 on one core, since the simulator makes a thread of the system for every CUDA thread.
 TIME_LIMIT = 300
+# The simulator's threads share the globals of a kernel's module, which it changes while it walks over them; a run
+# may end so now and then. Nothing else is tried again.
+RACE = "dictionary changed size during iteration"
 
 
 @pytest.mark.parametrize("tests", ["simulated.py", "simulated_calls.py"])
@@ -26,8 +29,17 @@ def test_in_the_simulator(tests):
     }
     options = ["-q", "-x", "--noconftest", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
     command = [sys.executable, "-m", "pytest", *options, tests]
-    done = subprocess.run(
-        command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT, check=False
-    )
+    for _ in range(3):
+        done = subprocess.run(
+            command,
+            cwd=TESTS,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TIME_LIMIT,
+            check=False,
+        )
+        if RACE not in done.stdout:
+            break
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
