@@ -79,6 +79,8 @@ def floor_bytes(operation: str, batch: Batch) -> int:
 def parallel_copy(source, target):
     """Copy with the threads that nbnorm's kernels use: both pay the same launch and share one bandwidth.
 
+    Not imported from `nbnorm._bench`, which has the like: asv runs this file with versions of the package without it.
+
     A pool of Python threads takes tens of microseconds to start, which would flatter all that is compared.
     """
     for i in prange(source.size):

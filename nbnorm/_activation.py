@@ -14,8 +14,6 @@ from numba import types
 
 from nbnorm._math import by_type, formula, is_none
 
-NAMES = ("relu", "leaky_relu", "silu")
-
 
 def marker(name: str | None, slope: float, double: bool) -> Any:
     """Return the scalar that stands for an activation in kernels that compute in float64, or in float32."""

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbnorm import _activation, _checks, _layout, _masks, _recall, _warn
+from nbnorm import _activation, _checks, _layout, _masks, _warn
 from nbnorm._dispatch import backend
 from nbnorm._layout import Planner
 from nbnorm._options import Epilogue, Mask
-from nbnorm._view import View, batch_view, group_view, trailing_view
+from nbnorm._view import View, batch_view, group_view, sample_axis, trailing_view
 from nbnorm.saved import Saved
 
 Array = np.ndarray
@@ -43,6 +43,11 @@ class Options(NamedTuple):
     residual: Any = None
     mask: Any = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether there are none."""
+        return self.activation is None and self.residual is None and self.mask is None
+
 
 PLAIN = Options()
 _TOGETHER = ("x", "weight", "bias", "residual", "out")
@@ -52,20 +57,6 @@ def batch_call(
     operation: str, x: Any, weight: Any, bias: Any, eps: Any, channel_axis: Any, out: Any,
     options: Options = PLAIN,
 ) -> Call:  # fmt: skip
-    """Check and plan a call of batch norm; what has passed once is recognized by its shapes and types."""
-    key = _recall.key(x, weight, bias, out, eps, channel_axis) if options is PLAIN else None
-    view = _recall.views.get(key) if key is not None else None
-    if view is not None:
-        return Call(operation, x, x, view, None, Epilogue(weight, bias), False, None, 0, eps, out)
-    call = _new_batch_call(operation, x, weight, bias, eps, channel_axis, out, options)
-    if key is not None and call.x is x:
-        _recall.remember(key, call.view)
-    return call
-
-
-def _new_batch_call(
-    operation: str, x: Any, weight: Any, bias: Any, eps: Any, channel_axis: Any, out: Any, options: Options
-) -> Call:
     """Check and plan a call of batch norm."""
     source = _checks.array("x", x)
     _checks.at_least_2d(operation, source)
@@ -77,7 +68,7 @@ def _new_batch_call(
     def planner(shape: Shape, strides: Shape, itemsize: int) -> View | None:
         return batch_view(shape, strides, itemsize, axis, masked)
 
-    return _call(operation, source, planner, (), axis, 1 if axis == 0 else 0, weight, bias, eps, out, options)
+    return _call(operation, source, planner, (), axis, sample_axis(axis), weight, bias, eps, out, options)
 
 
 def group_call(
@@ -92,16 +83,16 @@ def group_call(
     bias = _checks.parameter("bias", bias, axis, source.shape)
     channels = source.shape[axis]
     groups = channels if groups is None else _checks.num_groups(groups, channels)
-    sample_axis = 1 if axis == 0 else 0
-    order = [sample_axis, axis, *(i for i in range(source.ndim) if i not in (sample_axis, axis))]
+    samples = sample_axis(axis)
+    order = [samples, axis, *(i for i in range(source.ndim) if i not in (samples, axis))]
     planner = partial(
         group_view,
         channel_axis=axis,
         num_groups=groups,
-        plain=not any(given is not None for given in options),
+        plain=options.plain,
     )
-    call = _call(operation, source, planner, order, axis, sample_axis, weight, bias, eps, out, options)
-    return call, (source.shape[sample_axis], groups)
+    call = _call(operation, source, planner, order, axis, samples, weight, bias, eps, out, options)
+    return call, (source.shape[samples], groups)
 
 
 def trailing_call(
@@ -119,7 +110,7 @@ def trailing_call(
 
 
 def _call(
-    operation: str, source: Array, planner: Planner, order: Sequence[int], channel_axis: int, sample_axis: int,
+    operation: str, source: Array, planner: Planner, order: Sequence[int], channel_axis: int, samples: int,
     weight: Array | None, bias: Array | None, eps: Any, out: Any, options: Options,
 ) -> Call:  # fmt: skip
     """Check what all norms take, and lay everything out for the view of x."""
@@ -145,7 +136,7 @@ def _call(
         residual = _layout.arrange(residual, x)
     marker = None if activation is None else _activation.marker(*activation, double=source.itemsize == 8)
     epilogue = Epilogue(weight, bias, residual, marker)
-    return Call(operation, source, x, view, results, epilogue, with_residual, mask, sample_axis, eps, out)
+    return Call(operation, source, x, view, results, epilogue, with_residual, mask, samples, eps, out)
 
 
 def keep_inputs(call: Call) -> None:

@@ -12,6 +12,7 @@ from nbnorm import _batch, _call, _checks, _layout, _masks, running
 from nbnorm._batch import Training
 from nbnorm._call import Call, Options
 from nbnorm._dispatch import backend
+from nbnorm._view import sample_axis
 from nbnorm.moments import Moments
 from nbnorm.running import Pair
 from nbnorm.saved import Saved
@@ -22,9 +23,8 @@ Slices = list[tuple[slice, ...]]
 
 def slices(x_shape: tuple[int, ...], channel_axis: int, size: int) -> Slices:
     """Return where each virtual batch lies: ``size`` samples, fewer in the last one."""
-    sample_axis = 1 if channel_axis == 0 else 0
-    before = (slice(None),) * sample_axis
-    samples = x_shape[sample_axis]
+    at = sample_axis(channel_axis)
+    before, samples = (slice(None),) * at, x_shape[at]
     return [(*before, slice(start, start + size)) for start in range(0, max(samples, 1), size)]
 
 
@@ -92,7 +92,7 @@ def _parts(call: Call, where: Slices, axis: int, options: Options, y: Array) -> 
     """Plan a call for each virtual batch."""
     mask = None
     if options.mask is not None:
-        mask = _checks.mask(options.mask, tuple(n for i, n in enumerate(call.source.shape) if i != axis))
+        mask = _masks.check(options.mask, call.source.shape, axis)
     residual = None if options.residual is None else _checks.array("residual", options.residual)
     for part in where:
         own = Options(

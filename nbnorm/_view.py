@@ -86,6 +86,11 @@ def memory_order(shape: Shape, strides: Shape, itemsize: int) -> Shape | None:
     return order
 
 
+def sample_axis(channel_axis: int) -> int:
+    """Return the axis of the samples, the first one that is not the channels' (which count from the front)."""
+    return 1 if channel_axis == 0 else 0
+
+
 @lru_cache(maxsize=4096)
 def batch_view(
     shape: Shape, strides: Shape, itemsize: int, channel_axis: int, masked: bool = False
@@ -118,12 +123,12 @@ def group_view(
     order = memory_order(shape, strides, itemsize)
     if order is None:
         return None
-    sample_axis = 1 if channel_axis == 0 else 0
-    samples, channels = shape[sample_axis], shape[channel_axis]
+    at = sample_axis(channel_axis)
+    samples, channels = shape[at], shape[channel_axis]
     width = channels // num_groups if num_groups else 0
-    space = prod(n for axis, n in enumerate(shape) if axis not in (sample_axis, channel_axis))
-    spatial = tuple(axis for axis in order if axis not in (sample_axis, channel_axis))
-    sample = (sample_axis,) if samples > 1 else ()
+    space = prod(n for axis, n in enumerate(shape) if axis not in (at, channel_axis))
+    spatial = tuple(axis for axis in order if axis not in (at, channel_axis))
+    sample = (at,) if samples > 1 else ()
     channel = (channel_axis,) if channels > 1 else ()
     if order == sample + channel + spatial or 0 in shape:
         if space == 1 and width > 1 and not plain:

@@ -24,7 +24,7 @@ LEVELS = [
     {"_ghost"},
     {"_batch"},
     {"_call", "_gradients"},
-    {"running", "_layout", "_masks", "_recall"},
+    {"running", "_layout", "_masks"},
     {"saved"},
     {"moments"},
     {"_checks"},

@@ -30,7 +30,7 @@ from nbnorm._cpu.lanes import (
     total_weight,
 )
 from nbnorm._cpu.launch import Twins, balanced, helper
-from nbnorm._cpu.tiles import CHUNK, add_rows, parameter, part, settle_rows, slot_count, weighted
+from nbnorm._cpu.tiles import CHUNK, add_rows, entry, parameter, part, settle_rows, slot_count, weighted
 from nbnorm._math import affine, gradient_terms, recentered, reciprocal_std, rounded
 from nbnorm._view import View
 
@@ -42,8 +42,9 @@ MIN_ROWS = 16
 CACHED_LANES = 256
 STREAMED_LANES = 2048
 # Chunks of a block: CHUNK values each until there are SOME, LONG values each until there are MANY. Every chunk has
-# moments or sums of its own for each lane, whose merge is one thread's work
-# (65536 x 64: 64 chunks took 1.2 times as long as 16).
+# moments or sums of its own for each lane, whose merge is one thread's work: moments of (65536, 64) in 64 chunks take
+# 1.4 times as long as in 16 (benchmarks/choices.py; AMD EPYC, AVX-512, two threads). MANY_CHUNKS and LONG_CHUNK are
+# reasoned, not measured.
 SOME_CHUNKS = 16
 MANY_CHUNKS = 64
 LONG_CHUNK = 1 << 20
@@ -361,17 +362,11 @@ def input_grad_chunk(g, x, dy, dx, dresidual, residual, activation, weights, ind
         mean_hi, rstd, gain = row(t[0], lane, n), row(t[1], lane, n), row(t[4], lane, n)
         scale, shift = row(t[6], lane, n), row(t[7], lane, n)
         w = lane_weight(weights, own.batch, r)
-        if constant or row_weight(own_row(weights, own.batch), r) == 0.0:
+        if constant or row_weight(entry(weights, own.batch), r) == 0.0:
             input_grad_row(*arrays, w, mean_hi, rstd, None, None, gain, scale, shift, activation)
         else:
             slope, offset = row(t[2], lane, n), row(t[3], lane, n)
             input_grad_row(*arrays, w, mean_hi, rstd, slope, offset, gain, scale, shift, activation)
-
-
-@helper
-def own_row(weights, batch):
-    """Weights of a batch entry."""
-    return None if weights is None else weights[batch]
 
 
 @helper

@@ -10,14 +10,13 @@ import numpy as np
 from nbnorm._activation import activate, activation_gradient
 from nbnorm._cpu.halves import narrow, widen
 from nbnorm._cpu.launch import contracted, helper, reduction
-from nbnorm._cpu.tiles import add_rows, corrected, part, settle_rows, trusted
+from nbnorm._cpu.tiles import about_mean, add_rows, before_activation, corrected, part, settle_rows, trusted
 from nbnorm._math import (
     accumulate,
     add,
     by_type,
     input_gradient,
     is_none,
-    normalize,
     rounded,
     settled,
     standardize,
@@ -35,7 +34,7 @@ def row(x, first, n):
 
 @helper
 def fill(values, value):
-    """Set all entries of a row; Numba compiles this in a tenth of the time of ``values[:] = value``."""
+    """Set all entries of a row; Numba compiles this sooner than ``values[:] = value``."""
     for i in range(values.shape[0]):
         values[i] = value
 
@@ -170,7 +169,7 @@ def any_untrusted(total, squares, n):
     for i in range(total.shape[0]):
         s = np.float64(total[i])
         q = np.float64(squares[i])
-        bad += not trusted(q, q - s * (s / n), total.itemsize < 8)
+        bad += not trusted(q, about_mean(s, q, n), total.itemsize < 8)
     return bad > 0
 
 
@@ -220,7 +219,7 @@ def lane_tile(total, squares, shift, i, n, wide_total, wide_squares, wide_mean):
     """Mean and m2 of one lane of a tile; the wide sums stand in for a lane that lost digits."""
     s = np.float64(total[i])
     q = np.float64(squares[i])
-    m2 = q - s * (s / n)
+    m2 = about_mean(s, q, n)
     if trusted(q, m2, total.itemsize < 8):
         return shift[i] + s / n, m2
     return corrected(wide_mean[i], wide_total[i], wide_squares[i], n)
@@ -300,9 +299,7 @@ def slot_moments(mean, m2, n):
 def apply_row(x, y, residual, mean_hi, scale, shift, activation):
     """Normalize one row of lanes."""
     for i in range(x.shape[0]):
-        z = normalize(widen(x[i]), mean_hi[i], scale[i], shift[i])
-        if residual is not None:
-            z += widen(residual[i])
+        z = before_activation(widen(x[i]), residual, i, mean_hi[i], scale[i], shift[i])
         y[i] = narrow(activate(z, activation), y)
 
 
@@ -363,9 +360,7 @@ def fill_summands(x, dy, residual, mean_hi, scale, shift, activation, masked, x_
         value, d = widen(x[i]), widen(dy[i])
         absent = masked and d == 0
         if activation is not None:
-            z = normalize(value, mean_hi[i], scale[i], shift[i])
-            if residual is not None:
-                z += widen(residual[i])
+            z = before_activation(value, residual, i, mean_hi[i], scale[i], shift[i])
             d = activation_gradient(d, z, activation)
         x_room[i] = mean_hi[i] if absent else value
         dz_room[i] = rounded(0.0, x) if absent else d
@@ -451,9 +446,7 @@ def input_grad_row(
         value, d = widen(x[i]), widen(dy[i])
         if activation is not None:
             absent = w is not None and slope is None and d == 0
-            z = normalize(value, mean_hi[i], scale[i], shift[i])
-            if residual is not None:
-                z += widen(residual[i])
+            z = before_activation(value, residual, i, mean_hi[i], scale[i], shift[i])
             d = rounded(0.0, x) if absent else activation_gradient(d, z, activation)
         if dresidual is not None:
             dresidual[i] = narrow(d, x)

@@ -26,8 +26,9 @@ from nbnorm._cpu.tiles import (
     PIECE,
     TILE,
     add_rows,
+    before_activation,
+    entry,
     line_moments,
-    mask_row,
     parameter,
     part,
     piece,
@@ -43,7 +44,6 @@ from nbnorm._math import (
     gradient_terms,
     input_gradient,
     is_none,
-    normalize,
     recentered,
     reciprocal_std,
     rounded,
@@ -102,7 +102,7 @@ def block(index, outer, inner, rows, cols):
 def chunk_moments(g, x, weights, slot, chunk):
     """Count, mean and m2 of one chunk of a slot: its tiles merged in order."""
     if weights is not None:
-        return counted_chunk_moments(g, x, mask_row(weights, slot, unpack(g).period), slot, chunk)
+        return counted_chunk_moments(g, x, entry(weights, slot // unpack(g).period), slot, chunk)
     cut = unpack(g)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     tile_rows, tile_cols = max(1, min(rows, TILE // cols)), min(cols, TILE)
@@ -148,9 +148,7 @@ def runs(c0, cols, run):
 def apply_segment(x, y, residual, mean_hi, scale, shift, activation):
     """Normalize neighbours that share their coefficients."""
     for i in range(x.shape[0]):
-        z = normalize(widen(x[i]), mean_hi, scale, shift)
-        if residual is not None:
-            z += widen(residual[i])
+        z = before_activation(widen(x[i]), residual, i, mean_hi, scale, shift)
         y[i] = narrow(activate(z, activation), y)
 
 
@@ -214,9 +212,7 @@ def computed_summands(x, dy, residual, weights, mean_hi, scale, shift, activatio
         if weights is not None:
             absent = weights[i] == 0 and d == 0
         if activation is not None:
-            z = normalize(value, mean_hi, scale, shift)
-            if residual is not None:
-                z += widen(residual[i])
+            z = before_activation(value, residual, i, mean_hi, scale, shift)
             d = activation_gradient(d, z, activation)
         x_room[i] = mean_hi if absent else value
         dz_room[i] = rounded(0.0, x) if absent else d
@@ -236,7 +232,7 @@ def chunk_grad_sums(g, x, dy, slot, chunk, mean, rstd, weight, bias, residual, a
     """Add the sums of dz and of dz * x_hat over one chunk of a slot to those of its runs: total, rest, of each."""
     cut = unpack(g)
     mean_hi, hat_scale, _ = affine(mean, rstd, 1.0, 0.0, x)
-    own_weights = mask_row(weights, slot, cut.period)
+    own_weights = entry(weights, slot // cut.period)
     room = summands_room(x, weights, activation)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
@@ -282,9 +278,7 @@ def input_grad_segment(
         if weights is not None:
             absent = weights[i] == 0 and d == 0
         if activation is not None:
-            z = normalize(value, mean_hi, scale, shift)
-            if residual is not None:
-                z += widen(residual[i])
+            z = before_activation(value, residual, i, mean_hi, scale, shift)
             d = rounded(0.0, x) if absent else activation_gradient(d, z, activation)
         if dresidual is not None:
             dresidual[i] = narrow(d, x)
@@ -312,7 +306,7 @@ def input_grad_chunk(
     slope, offset, factor = gradient_terms(
         mean, rstd, sum_g, sum_g_x_hat, n, True, constant, weights is not None, x
     )
-    own_weights = mask_row(weights, slot, cut.period)
+    own_weights = entry(weights, slot // cut.period)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
     for j in range(first_run, end_run):

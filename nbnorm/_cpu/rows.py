@@ -15,7 +15,7 @@ from numba import prange
 
 from nbnorm._cpu.halves import computing, narrow, widen
 from nbnorm._cpu.launch import Twins, balanced, flat, helper, kernel, line, reduction, threads_for
-from nbnorm._cpu.tiles import CHUNK, add_rows, line_moments, part, piece, settle_rows
+from nbnorm._cpu.tiles import CHUNK, add_rows, entry, line_moments, part, piece, settle_rows
 from nbnorm._math import (
     affine,
     gradient_terms,
@@ -86,12 +86,6 @@ def span(g, r, chunk):
 def value_of(statistic, r):
     """Element of the means, 0 where there are none."""
     return 0.0 if statistic is None else statistic[r]
-
-
-@helper
-def entry(values, i):
-    """Entry of an optional array of arrays."""
-    return None if values is None else values[i]
 
 
 @helper

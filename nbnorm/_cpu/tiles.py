@@ -12,7 +12,7 @@ import numpy as np
 
 from nbnorm._cpu.halves import widen
 from nbnorm._cpu.launch import helper, reduction
-from nbnorm._math import accumulate, add, rounded, settled
+from nbnorm._math import accumulate, add, normalize, rounded, settled
 
 # Values summed in the array's own type before float64 takes over: with 32 or more SIMD accumulators no chain
 # is longer than 32 additions, which keeps a float32 sum within about one part in ten million.
@@ -130,10 +130,16 @@ def part(values, first, end):
 
 
 @helper
+def about_mean(total, squares, n):
+    """Sum of squares about the mean, from the sums about a value near it."""
+    return squares - total * (total / n)
+
+
+@helper
 def corrected(mean, total, squares, n):
     """Moments from the sums about an approximate mean; what rounding left in the mean is put back."""
     correction = total / n
-    m2 = squares - total * correction
+    m2 = about_mean(total, squares, n)
     return mean if isnan(correction) else mean + correction, 0.0 if m2 < 0.0 else m2
 
 
@@ -156,7 +162,7 @@ def tile_moments(x, weights, first, stride, rows, n):
             squares += b
     if count == 0.0:
         return 0.0, 0.0, 0.0
-    m2 = squares - total * (total / count)
+    m2 = about_mean(total, squares, count)
     if trusted(squares, m2, x.itemsize < 8):
         return count, shift + total / count, m2
     return careful_tile_moments(x, weights, first, stride, rows, n)
@@ -211,9 +217,18 @@ def careful_tile_moments(x, weights, first, stride, rows, n):
 
 
 @helper
-def mask_row(weights, slot, period):
-    """Weights of a slot's positions, shared by the slots of a sample."""
-    return None if weights is None else weights[slot // period]
+def entry(values, i):
+    """Entry of an optional array of arrays."""
+    return None if values is None else values[i]
+
+
+@helper
+def before_activation(value, residual, i, mean_hi, scale, shift):
+    """z of one element: normalized, and the residual added if there is one."""
+    z = normalize(value, mean_hi, scale, shift)
+    if residual is not None:
+        z += widen(residual[i])
+    return z
 
 
 @helper

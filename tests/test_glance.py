@@ -1,4 +1,4 @@
-"""Calls that are recognized by their shapes and types: what the key leaves out is still looked at every time."""
+"""Arguments that are seen to be ordinary at a glance: what a glance misses is found, the second time as well."""
 
 import numpy as np
 import pytest
