@@ -19,8 +19,9 @@ import numpy as np
 from numba import prange
 
 from nbnorm._activation import activate, activation_gradient
-from nbnorm._cpu.halves import narrow, scratch, widen
+from nbnorm._cpu.halves import narrow, widen
 from nbnorm._cpu.launch import Twins, balanced, helper, reduction
+from nbnorm._cpu.memory import row
 from nbnorm._cpu.tiles import (
     CHUNK,
     PIECE,
@@ -32,6 +33,7 @@ from nbnorm._cpu.tiles import (
     parameter,
     part,
     piece,
+    room,
     slot_count,
     tile_moments,
     weighted,
@@ -127,7 +129,9 @@ def counted_chunk_moments(g, x, weights, slot, chunk):
         for r in range(r0, r0 + rows):
             base = (r * cut.group + slot) * cut.inner
             segment_weights = positions(weights, cut, r, j, start, end)
-            part_n, part_mean, part_m2 = line_moments(x[base + start : base + end], segment_weights, True)
+            part_n, part_mean, part_m2 = line_moments(
+                row(x, base + start, end - start), segment_weights, True
+            )
             n, mean, m2, rest = accumulate(n, mean, m2, rest, part_n, part_mean, part_m2)
     return n, mean, settled(m2, rest)
 
@@ -135,7 +139,7 @@ def counted_chunk_moments(g, x, weights, slot, chunk):
 @helper
 def positions(weights, cut, r, j, start, end):
     """Weights of the columns [start, end) of run ``j`` in row ``r``: every run has the same."""
-    return None if weights is None else weights[(r - j) * cut.run + start : (r - j) * cut.run + end]
+    return part(weights, (r - j) * cut.run + start, end - start)
 
 
 @helper
@@ -164,9 +168,15 @@ def apply_chunk(g, x, y, slot, chunk, mean, rstd, weight, bias, residual, activa
         start, end = max(c0, j * cut.run), min(c0 + cols, (j + 1) * cut.run)
         for r in range(r0 + rows - 1, r0 - 1, -1):
             base = (r * cut.group + slot) * cut.inner
-            first, last = base + start, base + end
+            first, n = base + start, end - start
             apply_segment(
-                x[first:last], y[first:last], part(residual, first, last), mean_hi, scale, shift, activation
+                row(x, first, n),
+                row(y, first, n),
+                part(residual, first, n),
+                mean_hi,
+                scale,
+                shift,
+                activation,
             )
 
 
@@ -205,7 +215,7 @@ def computed_summands(x, dy, residual, weights, mean_hi, scale, shift, activatio
     nor has a gradient may be NaN; it takes part as 0.
     """
     n = x.shape[0]
-    x_room, dz_room = room[0, :n], room[1, :n]
+    x_room, dz_room = row(room[0], 0, n), row(room[1], 0, n)
     for i in range(n):
         value, d = widen(x[i]), widen(dy[i])
         absent = False
@@ -220,20 +230,12 @@ def computed_summands(x, dy, residual, weights, mean_hi, scale, shift, activatio
 
 
 @helper
-def summands_room(x, weights, activation):
-    """Room for `summands`, None where they are computed from nothing but x and dy."""
-    if activation is None:
-        return None if weights is None else scratch((2, PIECE), x)
-    return scratch((2, PIECE), x)
-
-
-@helper
 def chunk_grad_sums(g, x, dy, slot, chunk, mean, rstd, weight, bias, residual, activation, weights, sums):
     """Add the sums of dz and of dz * x_hat over one chunk of a slot to those of its runs: total, rest, of each."""
     cut = unpack(g)
     mean_hi, hat_scale, _ = affine(mean, rstd, 1.0, 0.0, x)
     own_weights = entry(weights, slot // cut.period)
-    room = summands_room(x, weights, activation)
+    own_room = room((2, PIECE), x, weights, activation)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
     for j in range(first_run, end_run):
@@ -245,10 +247,10 @@ def chunk_grad_sums(g, x, dy, slot, chunk, mean, rstd, weight, bias, residual, a
             base = (r * cut.group + slot) * cut.inner
             for i in range(start, end, piece(x)):
                 stop = min(i + piece(x), end)
-                first, last = base + i, base + stop
+                first, n = base + i, stop - i
                 x_piece, dz_piece = summands(
-                    x[first:last], dy[first:last], part(residual, first, last),
-                    positions(own_weights, cut, r, j, i, stop), mean_hi, scale, shift, activation, room,
+                    row(x, first, n), row(dy, first, n), part(residual, first, n),
+                    positions(own_weights, cut, r, j, i, stop), mean_hi, scale, shift, activation, own_room,
                 )  # fmt: skip
                 piece_a, piece_b = piece_grad_sums(x_piece, dz_piece, mean_hi, hat_scale)
                 a, a_rest = add(a, a_rest, piece_a)
@@ -300,7 +302,7 @@ def input_grad_chunk(
     """Dx of one chunk of a slot, run by run, from the sums over all of its runs; backwards as `apply_chunk`."""
     cut = unpack(g)
     first = slot % cut.period * cut.width
-    sum_g, sum_g_x_hat = weighted(weight, first, sum_dz), weighted(weight, first, sum_dz_x_hat)
+    sum_g, sum_g_x_hat = weighted(weight, first, sum_dz, slot), weighted(weight, first, sum_dz_x_hat, slot)
     mean_hi, hat_scale, _ = affine(mean, rstd, 1.0, 0.0, x)
     n = slot_count(count, counts, slot, cut.period)
     slope, offset, factor = gradient_terms(
@@ -316,8 +318,8 @@ def input_grad_chunk(
         start, end = max(c0, j * cut.run), min(c0 + cols, (j + 1) * cut.run)
         for r in range(r0 + rows - 1, r0 - 1, -1):
             base = (r * cut.group + slot) * cut.inner
-            i, k = base + start, base + end
-            arrays = (x[i:k], dy[i:k], dx[i:k], part(dresidual, i, k), part(residual, i, k))
+            i, n = base + start, end - start
+            arrays = (row(x, i, n), row(dy, i, n), row(dx, i, n), part(dresidual, i, n), part(residual, i, n))
             segment_weights = positions(own_weights, cut, r, j, start, end)
             if constant:
                 input_grad_segment(
@@ -427,7 +429,7 @@ def input_grad_kernel(
         k = task // chunks
         input_grad_chunk(
             g, x, dy, dx, dresidual, k, task % chunks, mean[k], rstd[k], weight, bias, residual, activation,
-            weights, sum_dz[k], sum_dz_x_hat[k], count, counts, constant,
+            weights, sum_dz, sum_dz_x_hat, count, counts, constant,
         )  # fmt: skip
 
 
@@ -449,5 +451,5 @@ def backward_kernel(
         for chunk in range(chunks - 1, -1, -1):
             input_grad_chunk(
                 g, x, dy, dx, dresidual, k, chunk, mean[k], rstd[k], weight, bias, residual, activation,
-                weights, sum_dz[k], sum_dz_x_hat[k], count, counts, False,
+                weights, sum_dz, sum_dz_x_hat, count, counts, False,
             )  # fmt: skip

@@ -14,7 +14,9 @@ import numpy as np
 from numba import prange
 
 from nbnorm._cpu.halves import computing, narrow, widen
+from nbnorm._cpu.lanes import fill
 from nbnorm._cpu.launch import Twins, balanced, flat, helper, kernel, line, reduction, threads_for
+from nbnorm._cpu.memory import row
 from nbnorm._cpu.tiles import CHUNK, add_rows, entry, line_moments, part, piece, settle_rows
 from nbnorm._math import (
     affine,
@@ -76,10 +78,11 @@ def unpack(g):
 
 @helper
 def span(g, r, chunk):
-    """First and one past the last element of a chunk of a row, and where its parameters start."""
+    """First element of a chunk of a row, how many there are, and where their parameters start."""
     cut = unpack(g)
-    start, end = chunk * cut.chunk, min((chunk + 1) * cut.chunk, cut.inner)
-    return r * cut.inner + start, r * cut.inner + end, r % cut.period * cut.inner + start
+    start = chunk * cut.chunk
+    n = min(cut.chunk, cut.inner - start)
+    return r * cut.inner + start, n, r % cut.period * cut.inner + start
 
 
 @helper
@@ -103,10 +106,9 @@ def apply_line(x, y, mean_hi, rstd, rest, weight, bias):
 @helper
 def apply_chunk(g, x, y, r, chunk, mean, rstd, weight, bias):
     """Normalize one chunk of a row."""
-    first, end, p = span(g, r, chunk)
+    first, n, p = span(g, r, chunk)
     mean_hi, scale, rest = affine(mean, rstd, 1.0, 0.0, x)
-    q = p + end - first
-    apply_line(x[first:end], y[first:end], mean_hi, scale, rest, part(weight, p, q), part(bias, p, q))
+    apply_line(row(x, first, n), row(y, first, n), mean_hi, scale, rest, part(weight, p, n), part(bias, p, n))
 
 
 @reduction
@@ -126,13 +128,13 @@ def piece_grad_sums(x, dy, weight, mean_hi, rstd):
 @helper
 def chunk_grad_sums(g, x, dy, r, chunk, mean, rstd, weight):
     """Sums of g and of g * x_hat over one chunk of a row."""
-    first, end, p = span(g, r, chunk)
+    first, n, p = span(g, r, chunk)
     mean_hi, scale, _ = affine(mean, rstd, 1.0, 0.0, x)
     sum_g = sum_g_x_hat = 0.0
-    for i in range(first, end, piece(x)):
-        stop = min(i + piece(x), end)
+    for i in range(0, n, piece(x)):
+        size = min(piece(x), n - i)
         a, b = piece_grad_sums(
-            x[i:stop], dy[i:stop], part(weight, p + i - first, p + stop - first), mean_hi, scale
+            row(x, first + i, size), row(dy, first + i, size), part(weight, p + i, size), mean_hi, scale
         )
         sum_g += a
         sum_g_x_hat += b
@@ -163,12 +165,14 @@ def parameter_grad_line(x, dy, mean_hi, rstd, rest, sum_dz, sum_dz_x_hat):
 def backward_chunk(g, x, dy, dx, r, chunk, mean, rstd, weight, sum_g, sum_g_x_hat, sums):
     """Dx of one chunk of a row and its terms of the parameters' gradients, each only if there is room for it."""
     cut = unpack(g)
-    first, end, p = span(g, r, chunk)
-    q = p + end - first
+    first, size, p = span(g, r, chunk)
     row_mean = value_of(mean, r)
     mean_hi, scale, rest = affine(row_mean, rstd[r], 1.0, 0.0, x)
     if sums is not None:  # before dx, which may go into dy
-        parameter_grad_line(x[first:end], dy[first:end], mean_hi, scale, rest, sums[0, p:q], sums[1, p:q])
+        parameter_grad_line(
+            row(x, first, size), row(dy, first, size), mean_hi, scale, rest,
+            row(sums[0], p, size), row(sums[1], p, size),
+        )  # fmt: skip
     if dx is not None:
         n = np.float64(cut.inner)
         slope, offset, factor = gradient_terms(
@@ -176,16 +180,9 @@ def backward_chunk(g, x, dy, dx, r, chunk, mean, rstd, weight, sum_g, sum_g_x_ha
         )
         gain = rounded(factor, x)
         input_grad_line(
-            x[first:end],
-            dy[first:end],
-            dx[first:end],
-            part(weight, p, q),
-            mean_hi,
-            scale,
-            slope,
-            offset,
-            gain,
-        )
+            row(x, first, size), row(dy, first, size), row(dx, first, size), part(weight, p, size),
+            mean_hi, scale, slope, offset, gain,
+        )  # fmt: skip
 
 
 @helper
@@ -194,10 +191,11 @@ def flush(g, chunk, sums, wide):
     cut = unpack(g)
     for k in range(cut.period):
         first = k * cut.inner + chunk * cut.chunk
-        end = k * cut.inner + min((chunk + 1) * cut.chunk, cut.inner)
+        n = min(cut.chunk, cut.inner - chunk * cut.chunk)
         for i in range(2):
-            add_rows(wide[2 * i, first:end], wide[2 * i + 1, first:end], sums[i, first:end])
-            sums[i, first:end] = 0
+            own = row(sums[i], first, n)
+            add_rows(row(wide[2 * i], first, n), row(wide[2 * i + 1], first, n), own)
+            fill(own, 0)
 
 
 @helper
@@ -214,9 +212,9 @@ def moments_kernel(g, x, mean, m2):
     rows, chunks = cut.rows, cut.chunks
     part_moments = np.empty((rows * chunks, 3))
     for task in prange(rows * chunks):
-        first, end, _ = span(g, task // chunks, task % chunks)
+        first, size, _ = span(g, task // chunks, task % chunks)
         own = part_moments[task]
-        own[0], own[1], own[2] = line_moments(x[first:end], None, mean is not None)
+        own[0], own[1], own[2] = line_moments(row(x, first, size), None, mean is not None)
     for r in prange(rows):
         n, row_mean, row_m2 = part_moments[r * chunks]
         for i in range(r * chunks + 1, (r + 1) * chunks):
@@ -247,8 +245,8 @@ def forward_kernel(g, x, y, weight, bias, eps, mean, m2, rstd):
         for r in range(start, end):
             n = row_mean = row_m2 = 0.0
             for chunk in range(chunks):
-                first, last, _ = span(g, r, chunk)
-                part_n, part_mean, part_m2 = line_moments(x[first:last], None, mean is not None)
+                first, size, _ = span(g, r, chunk)
+                part_n, part_mean, part_m2 = line_moments(row(x, first, size), None, mean is not None)
                 n, row_mean, row_m2 = merge(n, row_mean, row_m2, part_n, part_mean, part_m2)
             row_rstd = reciprocal_std(row_m2, n, eps)
             m2[r], rstd[r] = row_m2, row_rstd

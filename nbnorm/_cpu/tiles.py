@@ -10,9 +10,10 @@ from math import isnan
 
 import numpy as np
 
-from nbnorm._cpu.halves import widen
+from nbnorm._cpu.halves import scratch, widen
 from nbnorm._cpu.launch import helper, reduction
-from nbnorm._math import accumulate, add, normalize, rounded, settled
+from nbnorm._cpu.memory import row
+from nbnorm._math import accumulate, add, by_type, is_none, normalize, rounded, settled
 
 # Values summed in the array's own type before float64 takes over: with 32 or more SIMD accumulators no chain
 # is longer than 32 additions, which keeps a float32 sum within about one part in ten million.
@@ -123,10 +124,40 @@ def central_sums(x, weights, mean):
     return total, squares
 
 
-@helper
-def part(values, first, end):
-    """Part of an optional array."""
-    return None if values is None else values[first:end]
+def part(values, first, n):
+    """`row` of an optional array."""
+    return None if values is None else row(values, first, n)
+
+
+@by_type(part)
+def _part(values, first, n):
+    if is_none(values):
+        return lambda values, first, n: None
+    return lambda values, first, n: row(values, first, n)
+
+
+def entry(values, i):
+    """Entry of an optional array."""
+    return None if values is None else values[i]
+
+
+@by_type(entry)
+def _entry(values, i):
+    if is_none(values):
+        return lambda values, i: None
+    return lambda values, i: values[i]
+
+
+def room(shape, x, weights, activation):
+    """Room for the `summands` of gradients' sums, None where they are computed from nothing but x and dy."""
+    return None if weights is None and activation is None else scratch(shape, x)
+
+
+@by_type(room)
+def _room(shape, x, weights, activation):
+    if is_none(weights) and is_none(activation):
+        return lambda shape, x, weights, activation: None
+    return lambda shape, x, weights, activation: scratch(shape, x)
 
 
 @helper
@@ -149,14 +180,13 @@ def tile_moments(x, weights, first, stride, rows, n):
 
     Weights are those of a single segment.
     """
-    shift = nearby(x[first : first + n]) if weights is None else nearby_counted(x[first : first + n], weights)
+    shift = nearby(row(x, first, n)) if weights is None else nearby_counted(row(x, first, n), weights)
     count = total = squares = 0.0
     for r in range(rows):
         start = first + r * stride
-        segment = x[start : start + n]
         for i in range(0, n, piece(x)):
-            stop = min(i + piece(x), n)
-            c, a, b = shifted_sums(segment[i:stop], part(weights, i, stop), shift)
+            size = min(piece(x), n - i)
+            c, a, b = shifted_sums(row(x, start + i, size), part(weights, i, size), shift)
             count += c
             total += a
             squares += b
@@ -173,12 +203,12 @@ def line_moments(x, weights, centered):
     """Count, mean and m2 of neighbours: their tiles merged in order; about zero if not centered."""
     n = mean = m2 = rest = 0.0
     for i in range(0, x.shape[0], TILE):
-        end = min(i + TILE, x.shape[0])
-        tile_n, tile_mean, tile_m2 = np.float64(end - i), 0.0, 0.0
+        size = min(TILE, x.shape[0] - i)
+        tile_n, tile_mean, tile_m2 = np.float64(size), 0.0, 0.0
         if centered:
-            tile_n, tile_mean, tile_m2 = tile_moments(x, part(weights, i, end), i, 0, 1, end - i)
+            tile_n, tile_mean, tile_m2 = tile_moments(x, part(weights, i, size), i, 0, 1, size)
         else:
-            tile_m2 = tile_squares(x[i:end])
+            tile_m2 = tile_squares(row(x, i, size))
         n, mean, m2, rest = accumulate(n, mean, m2, rest, tile_n, tile_mean, tile_m2)
     return n, mean, settled(m2, rest)
 
@@ -188,7 +218,7 @@ def tile_squares(x):
     """Sum of squares of a tile."""
     total = 0.0
     for i in range(0, x.shape[0], piece(x)):
-        total += shifted_sums(x[i : min(i + piece(x), x.shape[0])], None, rounded(0.0, x))[2]
+        total += shifted_sums(row(x, i, min(piece(x), x.shape[0] - i)), None, rounded(0.0, x))[2]
     if trusted(total, total, x.itemsize < 8):
         return total
     return central_sums(x, None, 0.0)[1]
@@ -200,7 +230,7 @@ def careful_tile_moments(x, weights, first, stride, rows, n):
     count = total = 0.0
     for r in range(rows):
         start = first + r * stride
-        c, a = plain_sums(x[start : start + n], weights)
+        c, a = plain_sums(row(x, start, n), weights)
         count += c
         total += a
     mean = total / count
@@ -208,18 +238,12 @@ def careful_tile_moments(x, weights, first, stride, rows, n):
     for r in range(rows):
         start = first + r * stride
         for i in range(0, n, WIDE_PIECE):
-            end = min(i + WIDE_PIECE, n)
-            a, b = central_sums(x[start + i : start + end], part(weights, i, end), mean)
+            size = min(WIDE_PIECE, n - i)
+            a, b = central_sums(row(x, start + i, size), part(weights, i, size), mean)
             total += a
             squares, rest = add(squares, rest, b)
     mean, m2 = corrected(mean, total, settled(squares, rest), count)
     return count, mean, m2
-
-
-@helper
-def entry(values, i):
-    """Entry of an optional array of arrays."""
-    return None if values is None else values[i]
 
 
 @helper
@@ -258,9 +282,9 @@ def settle_rows(total, rest):
 
 
 @helper
-def weighted(weight, first, sums):
-    """Sum of the sums of a slot's runs, each times its weight, which starts at ``first``."""
+def weighted(weight, first, sums, slot):
+    """Total of the sums of a slot's runs, each times its weight, which starts at ``first``."""
     total = 0.0
-    for j in range(sums.shape[0]):
-        total += parameter(weight, first + j, 1.0) * sums[j]
+    for j in range(sums.shape[1]):
+        total += parameter(weight, first + j, 1.0) * sums[slot, j]
     return total

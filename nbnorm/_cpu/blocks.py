@@ -1,0 +1,198 @@
+"""What a task does to one block of lanes: moments, coefficients, results.
+
+``moments`` has `lane_moments.ROWS` rows for each chunk, ``lane_sums`` four, ``terms`` three to normalize and eight
+for gradients, all as long as a block.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nbnorm._cpu.grid import locate, row_lanes, rows_end, unpack
+from nbnorm._cpu.halves import scratch
+from nbnorm._cpu.lane_grads import chunk_lane_grad_sums, line_sum
+from nbnorm._cpu.lane_moments import (
+    chunk_lane_moments,
+    merge_chunks,
+    merge_folds,
+    slot_moments,
+    total_weight,
+)
+from nbnorm._cpu.lanes import apply_row, copy_row, fill, input_grad_row, row_weight
+from nbnorm._cpu.launch import helper
+from nbnorm._cpu.memory import row
+from nbnorm._cpu.tiles import add_rows, entry, parameter, part, room, slot_count, weighted
+from nbnorm._math import affine, gradient_terms, recentered, reciprocal_std, rounded
+
+
+@helper
+def rows_weights(weights, batch, first, rows):
+    """Weights of some rows of a batch entry."""
+    return part(entry(weights, batch), first, rows)
+
+
+@helper
+def chunk_weights(g, weights, batch):
+    """Number of values of a lane that count in each chunk of whole rows."""
+    cut = unpack(g)
+    counts = np.empty(cut.chunks)
+    for chunk in range(cut.chunks):
+        start = chunk * cut.chunk
+        rows = min(cut.chunk, cut.rows - start)
+        counts[chunk] = total_weight(rows_weights(weights, batch, start, rows), 0, rows)
+    return counts
+
+
+@helper
+def chunk_moments(g, x, weights, index, chunk, moments):
+    """Moments of the lanes of a block over one chunk of whole rows."""
+    cut, own = unpack(g), locate(g, index)
+    start = chunk * cut.chunk
+    rows = min(cut.chunk, cut.rows - start)
+    first = own.base + start * cut.lanes + own.lane
+    own_weights = rows_weights(weights, own.batch, start, rows)
+    chunk_lane_moments(x, own_weights, first, cut.lanes, rows, scratch((3, own.lanes), x), moments[chunk])
+
+
+@helper
+def block_moments(g, x, weights, index, moments, mean, m2):
+    """Merge chunks, folds and the spare row of a block, then the lanes of each slot."""
+    cut, own = unpack(g), locate(g, index)
+    n = merge_chunks(moments, chunk_weights(g, weights, own.batch), own.lanes)
+    merged = moments[0]
+    merge_folds(merged, cut.fold, own.width, n, x, own.base + cut.rows * cut.lanes, cut.spare)
+    rows = n * cut.fold + cut.spare // own.width
+    for i in range(own.slots):
+        at = i * cut.inner
+        mean[own.slot + i], m2[own.slot + i] = slot_moments(
+            row(merged[0], at, cut.inner), row(merged[1], at, cut.inner), rows
+        )
+
+
+@helper
+def block_rstd(g, weights, index, m2, eps, rstd):
+    """Reciprocal standard deviations of a block's slots."""
+    cut, own = unpack(g), locate(g, index)
+    n = total_weight(rows_weights(weights, own.batch, 0, cut.outer), 0, cut.outer) * cut.inner
+    for slot in range(own.slot, own.slot + own.slots):
+        rstd[slot] = reciprocal_std(m2[slot], n, eps)
+
+
+@helper
+def spread(g, own, terms, first, end):
+    """Turn rows [first, end) of the terms, which begin with a value for each run, into values for all lanes."""
+    cut = unpack(g)
+    for k in range(first, end):
+        values = terms[k]
+        if cut.run > 1:
+            for i in range(own.slots * cut.width - 1, -1, -1):
+                fill(row(values, i * cut.run, cut.run), values[i])
+        for f in range(1, cut.fold):
+            copy_row(row(values, f * own.width, own.width), row(values, 0, own.width))
+
+
+@helper
+def spread_affine(g, index, mean, rstd, weight, bias, terms, at):
+    """Lay the coefficients of `normalize` out along the lanes of a block, from row ``at`` of the terms."""
+    cut, own = unpack(g), locate(g, index)
+    p = own.slot % cut.period * cut.width
+    for i in range(own.slots):
+        slot = own.slot + i
+        for j in range(i * cut.width, (i + 1) * cut.width):
+            w, b = parameter(weight, p + j, 1.0), parameter(bias, p + j, 0.0)
+            terms[at, j], terms[at + 1, j], terms[at + 2, j] = affine(mean[slot], rstd[slot], w, b, terms)
+    spread(g, own, terms, at, at + 3)
+
+
+@helper
+def spread_activation(g, index, mean, rstd, weight, bias, activation, terms):
+    """Lay out, behind all else, what z is computed from, if an activation asks for it."""
+    if activation is not None:
+        spread_affine(g, index, mean, rstd, weight, bias, terms, 5)
+
+
+@helper
+def apply_chunk(g, x, y, residual, activation, index, chunk, terms):
+    """Normalize one chunk of rows of a block."""
+    cut, own = unpack(g), locate(g, index)
+    for r in range(chunk * cut.chunk, rows_end(cut, chunk)):
+        n, first = row_lanes(cut, own, r), own.base + r * cut.lanes + own.lane
+        apply_row(
+            row(x, first, n), row(y, first, n), part(residual, first, n), terms[0], terms[1], terms[2],
+            activation,
+        )  # fmt: skip
+
+
+@helper
+def chunk_grad_sums(g, x, dy, residual, activation, weights, index, chunk, terms, lane_sums):
+    """Sums of dz and dz * x_hat of the lanes of a block over one chunk of rows, each with its rest."""
+    cut, own = unpack(g), locate(g, index)
+    start, end = chunk * cut.chunk, rows_end(cut, chunk)
+    whole = min(end, cut.rows) - start
+    chunk_lane_grad_sums(
+        x, dy, residual, rows_weights(weights, own.batch, start, whole), activation,
+        own.base + start * cut.lanes + own.lane, cut.lanes, whole, cut.spare if end > cut.rows else 0,
+        terms, scratch((2, own.lanes), x), room((4, 2, cut.block), x, weights, activation), lane_sums[chunk],
+    )  # fmt: skip
+
+
+@helper
+def block_grad_sums(g, index, mean, rstd, terms, lane_sums, sum_dz, sum_dz_x_hat):
+    """Add chunks and folds of a block up, then the lanes of each run."""
+    cut, own = unpack(g), locate(g, index)
+    top = lane_sums[0]
+    for k in (0, 2):
+        total, rest = row(top[k], 0, own.lanes), row(top[k + 1], 0, own.lanes)
+        for chunk in range(1, cut.chunks):
+            add_rows(total, rest, row(lane_sums[chunk, k], 0, own.lanes))
+            add_rows(total, rest, row(lane_sums[chunk, k + 1], 0, own.lanes))
+        total, rest = row(top[k], 0, own.width), row(top[k + 1], 0, own.width)
+        for f in range(1, cut.fold):
+            add_rows(total, rest, row(top[k], f * own.width, own.width))
+            add_rows(total, rest, row(top[k + 1], f * own.width, own.width))
+    for i in range(own.slots):
+        slot = own.slot + i
+        mean_hi = terms[0, i * cut.inner]
+        for j in range(cut.width):
+            first = i * cut.inner + j * cut.run
+            a = line_sum(row(top[0], first, cut.run), row(top[1], first, cut.run))
+            b = line_sum(row(top[2], first, cut.run), row(top[3], first, cut.run))
+            sum_dz[slot, j] = a
+            sum_dz_x_hat[slot, j] = recentered(b, a, mean[slot], mean_hi, rstd[slot])
+
+
+@helper
+def spread_gradient_terms(
+    g, index, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, constant, terms
+):
+    """Lay the coefficients of `input_gradient` out along the lanes of a block, behind mean and rstd."""
+    cut, own = unpack(g), locate(g, index)
+    p = own.slot % cut.period * cut.width
+    for i in range(own.slots):
+        k, first = own.slot + i, p + i * cut.width
+        sum_g, sum_g_x_hat = weighted(weight, first, sum_dz, k), weighted(weight, first, sum_dz_x_hat, k)
+        mean_hi, scale, _ = affine(mean[k], rstd[k], 1.0, 0.0, terms)
+        n = slot_count(count, counts, k, cut.period)
+        slope, offset, factor = gradient_terms(
+            mean[k], rstd[k], sum_g, sum_g_x_hat, n, True, constant, weights is not None, terms
+        )
+        for j in range(i * cut.width, (i + 1) * cut.width):
+            gain = rounded(factor * parameter(weight, p + j, 1.0), terms)
+            terms[0, j], terms[1, j], terms[2, j], terms[3, j], terms[4, j] = (
+                mean_hi, scale, slope, offset, gain,
+            )  # fmt: skip
+    spread(g, own, terms, 0, 5)
+
+
+@helper
+def input_grad_chunk(g, x, dy, dx, dresidual, residual, activation, weights, index, chunk, t, constant):
+    """Dx of one chunk of rows of a block, by the terms ``t``."""
+    cut, own = unpack(g), locate(g, index)
+    for r in range(chunk * cut.chunk, rows_end(cut, chunk)):
+        n, i = row_lanes(cut, own, r), own.base + r * cut.lanes + own.lane
+        arrays = (row(x, i, n), row(dy, i, n), row(dx, i, n), part(dresidual, i, n), part(residual, i, n))
+        w = entry(entry(weights, own.batch), r)
+        if constant or row_weight(entry(weights, own.batch), r) == 0.0:
+            input_grad_row(*arrays, w, t[0], t[1], None, None, t[4], t[6], t[7], activation)
+        else:
+            input_grad_row(*arrays, w, t[0], t[1], t[2], t[3], t[4], t[6], t[7], activation)

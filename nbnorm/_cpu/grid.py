@@ -1,0 +1,126 @@
+"""How an array is cut into blocks of lanes and chunks of rows.
+
+A lane has a fixed place in its row, so SIMD runs across lanes. Narrow rows are folded, ``fold`` of them
+side by side, until a row is worth vectorizing; wide ones are cut into blocks of whole slots. Lanes of one
+slot, from folding or from ``inner`` > 1, are merged at the end.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from nbnorm._cpu.launch import balanced, helper
+from nbnorm._cpu.tiles import CHUNK
+from nbnorm._view import View
+
+# Folding fills rows up to this many lanes (benchmarks/bench_batch_norm.py, Columns).
+WIDE = 768
+# Folding leaves at least this many rows.
+MIN_ROWS = 16
+# Lanes of a block whose rows all fit the second-level cache together, and of one whose rows do not.
+CACHED_LANES = 256
+STREAMED_LANES = 2048
+# Chunks of a block: CHUNK values each until there are SOME, LONG values each until there are MANY. Every chunk has
+# moments or sums of its own for each lane, whose merge is one thread's work: moments of (65536, 64) in 64 chunks take
+# 1.4 times as long as in 16 (benchmarks/choices.py; AMD EPYC, AVX-512, two threads). MANY_CHUNKS and LONG_CHUNK are
+# reasoned, not measured.
+SOME_CHUNKS = 16
+MANY_CHUNKS = 64
+LONG_CHUNK = 1 << 20
+
+
+class Cut(NamedTuple):
+    """How an array is cut: `View` sizes, then what `geometry` chooses and what follows from it."""
+
+    batch: int
+    outer: int
+    group: int
+    inner: int
+    period: int
+    width: int
+    run: int
+    fold: int  # rows of the array side by side in one row of lanes
+    block: int  # lanes of a block: all of them, or some whole slots
+    chunk: int  # rows of a chunk
+    lanes: int
+    rows: int  # whole rows of lanes
+    spare: int  # lanes of the partial row that folding leaves over; it ends the last chunk
+    blocks: int
+    chunks: int
+
+
+@lru_cache(maxsize=4096)
+def geometry(view: View, masked: bool = False) -> np.ndarray:
+    """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers.
+
+    Rows of a mask are not folded: a row of lanes has one weight.
+    """
+    width = view.group * view.inner
+    fold = 1 if masked else max(1, min(WIDE // width, view.outer // MIN_ROWS))
+    lanes, rows = fold * width, view.outer // fold
+    if fold > 1:
+        block = lanes
+    elif rows * CACHED_LANES <= CHUNK:
+        block = min(CHUNK // rows, 4 * CACHED_LANES)
+    else:
+        block = STREAMED_LANES
+    block = min(lanes, max(block // view.inner, 1) * view.inner) if fold == 1 else lanes
+    values = rows * block
+    chunks = min(values // CHUNK, max(SOME_CHUNKS, values // LONG_CHUNK), MANY_CHUNKS)
+    chunk = -(-rows // max(chunks, 1))
+    spare = view.outer % fold * width
+    sizes = (view.batch, view.outer, view.group, view.inner, view.period, view.width, view.run)
+    return np.array(
+        Cut(*sizes, fold, block, chunk, lanes, rows, spare, -(-lanes // block), -(-rows // chunk))
+    )
+
+
+@lru_cache(maxsize=4096)
+def fused(view: View, threads: int, masked: bool = False) -> bool:
+    """Whether whole blocks keep the threads busy."""
+    cut = Cut(*geometry(view, masked))
+    return balanced(cut.batch * cut.blocks, threads)
+
+
+@helper
+def unpack(g):
+    """Name the integers of a geometry."""
+    return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10], g[11], g[12], g[13], g[14])
+
+
+class Block(NamedTuple):
+    """A block of lanes of one batch entry."""
+
+    batch: int
+    base: int  # index of the batch entry's first element
+    lane: int
+    lanes: int
+    width: int  # lanes that remain once folds are merged
+    slot: int
+    slots: int
+
+
+@helper
+def locate(g, index):
+    """Find a block by its index."""
+    cut = unpack(g)
+    b, lane = index // cut.blocks, index % cut.blocks * cut.block
+    lanes = min(cut.block, cut.lanes - lane)
+    width = lanes // cut.fold
+    base = b * cut.outer * cut.group * cut.inner
+    return Block(b, base, lane, lanes, width, b * cut.group + lane // cut.inner, width // cut.inner)
+
+
+@helper
+def row_lanes(cut, own, r):
+    """Lanes that row ``r`` of a block has: the row after the whole ones is the spare one."""
+    return own.lanes if r < cut.rows else cut.spare
+
+
+@helper
+def rows_end(cut, chunk):
+    """One past the last row of a chunk, the spare row included."""
+    return min((chunk + 1) * cut.chunk, cut.rows) + (chunk == cut.chunks - 1 and cut.spare > 0)

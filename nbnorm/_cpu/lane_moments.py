@@ -1,0 +1,347 @@
+"""Moments of lanes: shifted sums down each lane of a block, and the merging of what blocks, folds and lanes found.
+
+Loops run across lanes and hold no branch and at most one division, so that all of them vectorize.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nbnorm._cpu.halves import widen
+from nbnorm._cpu.lanes import TILE_ROWS, copy_row, fill, row_weight, summed
+from nbnorm._cpu.launch import contracted, helper, reduction
+from nbnorm._cpu.memory import row
+from nbnorm._cpu.tiles import about_mean, add_rows, corrected, part, settle_rows, trusted
+from nbnorm._math import add, rounded, settled
+
+# Rows of lanes that the moments of a block need: mean and m2 are the first two, the others are scratch.
+ROWS = 6
+
+
+@helper
+def guess(shift, a, b, c, d, e, f, g, h):
+    """Mean of eight rows, lane by lane; exact where they are equal."""
+    eighth = rounded(0.125, shift)
+    for i in range(shift.shape[0]):
+        s = widen(a[i])
+        rest = ((widen(b[i]) - s) + (widen(c[i]) - s)) + ((widen(d[i]) - s) + (widen(e[i]) - s))
+        rest += ((widen(f[i]) - s) + (widen(g[i]) - s)) + (widen(h[i]) - s)
+        shift[i] = s + rest * eighth
+
+
+@contracted
+def push(total, squares, shift, a, w):
+    """Add one row, ``w`` times, to the shifted sums."""
+    for i in range(total.shape[0]):
+        d = widen(a[i]) - shift[i]
+        if w is None:
+            total[i] += d
+            squares[i] += d * d
+        else:
+            total[i] += w * d
+            squares[i] += w * (d * d)
+
+
+@contracted
+def push_eight(total, squares, shift, a, b, c, d, e, f, g, h):
+    """Add eight rows at once, so that the sums are read and written once for all of them."""
+    for i in range(total.shape[0]):
+        s = shift[i]
+        da, db, dc, dd = widen(a[i]) - s, widen(b[i]) - s, widen(c[i]) - s, widen(d[i]) - s
+        de, df, dg, dh = widen(e[i]) - s, widen(f[i]) - s, widen(g[i]) - s, widen(h[i]) - s
+        total[i] += ((da + db) + (dc + dd)) + ((de + df) + (dg + dh))
+        squares[i] += ((da * da + db * db) + (dc * dc + dd * dd)) + (
+            (de * de + df * df) + (dg * dg + dh * dh)
+        )
+
+
+@helper
+def nth_counted(weights, rows, wanted):
+    """Index of the row that counts and has ``wanted`` such rows before it."""
+    if weights is None:
+        return wanted
+    for r in range(rows):
+        if weights[r] > 0:
+            if wanted == 0:
+                return r
+            wanted -= 1
+    return 0
+
+
+@helper
+def counted_row(x, weights, first, stride, rows, wanted, n):
+    """Row that counts and has ``wanted`` such rows before it."""
+    return row(x, first + nth_counted(weights, rows, wanted) * stride, n)
+
+
+@helper
+def counted_rows(weights, rows):
+    """How many rows count."""
+    if weights is None:
+        return rows
+    found = 0
+    for r in range(rows):
+        found += weights[r] > 0
+    return found
+
+
+@helper
+def total_weight(weights, first, end):
+    """Sum of the weights of some rows."""
+    if weights is None:
+        return np.float64(end - first)
+    total = 0.0
+    for r in range(first, end):
+        total += weights[r]
+    return total
+
+
+@helper
+def choose_shift(x, weights, first, stride, rows, shift):
+    """Choose a value near the mean of each lane: that of eight rows spread over those that count."""
+    n = shift.shape[0]
+    found = counted_rows(weights, rows)
+    guess(
+        shift,
+        counted_row(x, weights, first, stride, rows, found * 0 // 8, n),
+        counted_row(x, weights, first, stride, rows, found * 1 // 8, n),
+        counted_row(x, weights, first, stride, rows, found * 2 // 8, n),
+        counted_row(x, weights, first, stride, rows, found * 3 // 8, n),
+        counted_row(x, weights, first, stride, rows, found * 4 // 8, n),
+        counted_row(x, weights, first, stride, rows, found * 5 // 8, n),
+        counted_row(x, weights, first, stride, rows, found * 6 // 8, n),
+        counted_row(x, weights, first, stride, rows, found * 7 // 8, n),
+    )  # fmt: skip
+
+
+@helper
+def shifted_lane_sums(x, weights, first, stride, rows, total, squares, shift):
+    """Sum a tile about the shifts; rows without weight are not looked at."""
+    n = total.shape[0]
+    fill(total, 0)
+    fill(squares, 0)
+    if weights is not None:
+        for r in range(rows):
+            if weights[r] > 0:
+                push(total, squares, shift, row(x, first + r * stride, n), weights[r])
+        return
+    end = first + rows * stride
+    while first + 8 * stride <= end:
+        push_eight(
+            total, squares, shift,
+            row(x, first, n), row(x, first + stride, n),
+            row(x, first + 2 * stride, n), row(x, first + 3 * stride, n),
+            row(x, first + 4 * stride, n), row(x, first + 5 * stride, n),
+            row(x, first + 6 * stride, n), row(x, first + 7 * stride, n),
+        )  # fmt: skip
+        first += 8 * stride
+    while first < end:
+        push(total, squares, shift, row(x, first, n), None)
+        first += stride
+
+
+@helper
+def add_wide(total, a, w):
+    """Add one row, ``w`` times, in float64."""
+    for i in range(total.shape[0]):
+        total[i] += w * np.float64(widen(a[i]))
+
+
+@helper
+def add_central(total, squares, mean, a, w):
+    """Add one row's deviations and their squares, ``w`` times, in float64."""
+    for i in range(total.shape[0]):
+        d = np.float64(widen(a[i])) - mean[i]
+        total[i] += w * d
+        squares[i] += w * (d * d)
+
+
+@helper
+def careful_lane_sums(x, weights, first, stride, rows, count, total, squares, mean):
+    """Approximate mean of each lane and the sums about it, in two float64 passes."""
+    n = total.shape[0]
+    fill(mean, 0.0)
+    for r in range(rows):
+        w = row_weight(weights, r)
+        if w > 0.0:
+            add_wide(mean, row(x, first + r * stride, n), w)
+    for i in range(n):
+        mean[i] /= count
+    fill(total, 0.0)
+    fill(squares, 0.0)
+    for r in range(rows):
+        w = row_weight(weights, r)
+        if w > 0.0:
+            add_central(total, squares, mean, row(x, first + r * stride, n), w)
+
+
+@helper
+def conclude(total, squares, shift, n, mean, m2):
+    """Moments of each lane from its shifted sums; a lane that lost digits gets m2 = -1. Returns how many did."""
+    lost = 0
+    for i in range(mean.shape[0]):
+        own_m2 = about_mean(total[i], squares[i], n)
+        good = trusted(squares[i], own_m2, shift.itemsize < 8)
+        mean[i] = shift[i] + total[i] / n
+        m2[i] = own_m2 if good else -1.0
+        lost += not good
+    return lost
+
+
+@helper
+def chunk_lane_moments(x, weights, first, stride, rows, sums, moments):
+    """Mean and m2 of each lane of a block over the rows of a chunk, about one shift per lane.
+
+    A tile is summed in the array's own type, and the tiles of a chunk in float64.
+    """
+    lanes = sums.shape[1]
+    narrow_total, narrow_squares, shift = sums[0], sums[1], sums[2]
+    mean, m2 = row(moments[0], 0, lanes), row(moments[1], 0, lanes)
+    total, squares, rest = row(moments[2], 0, lanes), row(moments[3], 0, lanes), row(moments[4], 0, lanes)
+    n = total_weight(weights, 0, rows)
+    fill(mean, 0.0)
+    fill(m2, 0.0)
+    if n == 0.0:
+        return
+    choose_shift(x, weights, first, stride, rows, shift)
+    # Until `conclude`, the rows of mean and m2 hold what rounding leaves out of the totals.
+    fill(total, 0.0)
+    fill(squares, 0.0)
+    for r in range(0, rows, TILE_ROWS):
+        tile_rows = min(TILE_ROWS, rows - r)
+        own_weights = part(weights, r, tile_rows)
+        shifted_lane_sums(
+            x, own_weights, first + r * stride, stride, tile_rows, narrow_total, narrow_squares, shift
+        )
+        add_rows(total, mean, narrow_total)
+        add_rows(squares, m2, narrow_squares)
+    settle_rows(total, mean)
+    settle_rows(squares, m2)
+    if conclude(total, squares, shift, n, mean, m2) > 0:
+        careful_lane_sums(x, weights, first, stride, rows, n, total, squares, rest)
+        for i in range(lanes):
+            if m2[i] < 0.0:
+                mean[i], m2[i] = corrected(rest[i], total[i], squares[i], n)
+
+
+@helper
+def usable(base):
+    """Replace what is not finite by 0: deviations from it would not say whether a mean is infinite."""
+    for i in range(base.shape[0]):
+        base[i] = base[i] if np.isfinite(base[i]) else 0.0
+
+
+@helper
+def add_deviations(total, base, mean, n):
+    """Add to the sums about a base those of ``n`` values for each mean."""
+    for i in range(total.shape[0]):
+        total[i] += n * (np.float64(widen(mean[i])) - base[i])
+
+
+@helper
+def advance(base, total, n):
+    """Turn a base into nearly the mean of ``n`` values whose sums about it are known."""
+    for i in range(base.shape[0]):
+        base[i] += total[i] / n
+
+
+@helper
+def add_spread(total, m2, rest, center, mean, own_m2, n):
+    """Add the sums and squares about a center of ``n`` values for each mean; without an m2 they are equal."""
+    for i in range(m2.shape[0]):
+        d = np.float64(widen(mean[i])) - center[i]
+        total[i] += n * d
+        spread = n * (d * d) if own_m2 is None else own_m2[i] + n * (d * d)
+        m2[i], rest[i] = add(m2[i], rest[i], spread)
+
+
+@helper
+def settle_moments(mean, m2, center, total, squares, rest, n):
+    """Moments from the sums about a center, which is not quite the mean."""
+    for i in range(center.shape[0]):
+        mean[i], m2[i] = corrected(center[i], total[i], settled(squares[i], rest[i]), n)
+
+
+@helper
+def pooling_rows(moments, n):
+    """Rows that `merge_chunks` and `merge_folds` compute in: center, total, squares and their rest; all but 0."""
+    center, total, squares, rest = (
+        row(moments[2], 0, n), row(moments[3], 0, n), row(moments[4], 0, n), row(moments[5], 0, n),
+    )  # fmt: skip
+    fill(total, 0.0)
+    fill(squares, 0.0)
+    fill(rest, 0.0)
+    return center, total, squares, rest
+
+
+@helper
+def merge_chunks(moments, counts, lanes):
+    """Merge the moments of chunks into those of the first one, lane by lane, and return the number of their values."""
+    n, first = 0.0, 0
+    for chunk in range(counts.shape[0]):
+        first = chunk if n == 0.0 else first
+        n += counts[chunk]
+    if counts.shape[0] == 1 or n == 0.0:
+        return n
+    center, total, squares, rest = pooling_rows(moments[0], lanes)
+    copy_row(center, row(moments[first, 0], 0, lanes))
+    usable(center)
+    for chunk in range(counts.shape[0]):
+        if counts[chunk] > 0.0:
+            add_deviations(total, center, row(moments[chunk, 0], 0, lanes), counts[chunk])
+    advance(center, total, n)
+    fill(total, 0.0)
+    for chunk in range(counts.shape[0]):
+        if counts[chunk] > 0.0:
+            mean, m2 = row(moments[chunk, 0], 0, lanes), row(moments[chunk, 1], 0, lanes)
+            add_spread(total, squares, rest, center, mean, m2, counts[chunk])
+    mean, m2 = row(moments[0, 0], 0, lanes), row(moments[0, 1], 0, lanes)
+    settle_moments(mean, m2, center, total, squares, rest, n)
+    return n
+
+
+@helper
+def merge_folds(moments, fold, width, rows, x, first, spare):
+    """Merge the lanes that folding has laid side by side, ``rows`` values each, and single values left over."""
+    if fold == 1:
+        return
+    means, own_m2 = moments[0], moments[1]
+    n = rows * fold + spare // width
+    center, total, squares, rest = pooling_rows(moments, width)
+    copy_row(center, row(means, 0, width))
+    usable(center)
+    for f in range(fold):
+        add_deviations(total, center, row(means, f * width, width), rows)
+    for at in range(0, spare, width):
+        add_deviations(total, center, row(x, first + at, width), 1.0)
+    advance(center, total, n)
+    fill(total, 0.0)
+    for f in range(fold):
+        mean, m2 = row(means, f * width, width), row(own_m2, f * width, width)
+        add_spread(total, squares, rest, center, mean, m2, rows)
+    for at in range(0, spare, width):
+        add_spread(total, squares, rest, center, row(x, first + at, width), None, 1.0)
+    settle_moments(row(means, 0, width), row(own_m2, 0, width), center, total, squares, rest, n)
+
+
+@reduction
+def spread(values, center):
+    """Sum of (value - center) and of (value - center)**2."""
+    total = 0.0
+    squares = 0.0
+    for i in range(values.shape[0]):
+        d = values[i] - center
+        total += d
+        squares += d * d
+    return total, squares
+
+
+@helper
+def slot_moments(mean, m2, n):
+    """Merge the lanes of a slot, ``n`` values each."""
+    lanes = mean.shape[0]
+    if lanes == 1:
+        return mean[0], m2[0]
+    center = mean[0] + spread(mean, mean[0])[0] / lanes
+    total, squares = spread(mean, center)
+    return corrected(center, n * total, summed(m2) + n * squares, n * lanes)

@@ -1,0 +1,42 @@
+"""What kernels do to memory beside loading and storing: rows of an array, and lines fetched ahead of their use."""
+
+from __future__ import annotations
+
+from numba import types
+from numba.core.imputils import impl_ret_borrowed
+from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
+
+from nbnorm._math import by_type
+
+
+def row(x, first, n):
+    """Neighbours of a line of memory as an array of their own, whose loops start at 0: others do not vectorize.
+
+    Compiled it checks nothing and does not keep the memory alive, which is why it costs nothing: ``x`` has to be an
+    argument of the function that calls this.
+    """
+    assert 0 <= first <= first + n <= x.shape[0], (first, n, x.shape)
+    return x[first : first + n]
+
+
+@by_type(row)
+def _row(x, first, n):
+    return lambda x, first, n: _borrowed(x, first, n)
+
+
+@intrinsic
+def _borrowed(typingctx, x, first, n):
+    result = types.Array(x.dtype, 1, "C", readonly=not x.mutable)
+
+    def generate(context, builder, signature, args):
+        source = context.make_array(x)(context, builder, args[0])
+        target = context.make_array(result)(context, builder)
+        itemsize = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(x.dtype)))
+        data = builder.gep(source.data, [args[1]])
+        populate_array(
+            target, data=data, shape=[args[2]], strides=[itemsize], itemsize=itemsize, meminfo=None
+        )
+        return impl_ret_borrowed(context, builder, result, target._getvalue())
+
+    return result(x, types.intp, types.intp), generate
