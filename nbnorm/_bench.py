@@ -194,8 +194,8 @@ def parallel_copy(source, target):  # type: ignore[no-untyped-def]
 def times(calls: Mapping[str, Calls], rounds: int) -> dict[tuple[str, str], list[list[float]]]:
     """Seconds per call in every round, for each way of each direction of each library.
 
-    In every round, each call takes its turn for a burst. Between libraries there is a pause, in which the threads of
-    the last one fall asleep, and an untimed call, which wakes those of the next. Who needs seconds has fewer rounds.
+    In every round, each call takes its turn for a burst, and between libraries there is a pause, in which the threads
+    of the last one fall asleep. Who needs seconds has fewer rounds.
     """
     everything = {
         (who, direction): [(way, *_plan(way, rounds)) for way in ways]
@@ -206,15 +206,14 @@ def times(calls: Mapping[str, Calls], rounds: int) -> dict[tuple[str, str], list
         key: [[] for _ in ways] for key, ways in everything.items()
     }
     for turn in range(rounds):
-        awake = None
+        last = None
         for (who, direction), ways in everything.items():
             for found, (call, repeats, turns) in zip(seconds[who, direction], ways, strict=True):
                 if turn >= turns:
                     continue
-                if who != awake:
+                if who != last:
                     sleep(PAUSE)
-                    call()
-                    awake = who
+                last = who
                 found.append(burst(call, repeats))
     return seconds
 
@@ -226,7 +225,8 @@ def _plan(call: Call, rounds: int) -> tuple[int, int]:
 
 
 def burst(call: Call, n: int) -> float:
-    """Seconds per call over n calls in a row."""
+    """Seconds per call over n calls in a row, behind one that wakes the threads and brings its arrays near."""
+    call()
     start = perf_counter()
     for _ in range(n):
         call()
