@@ -34,13 +34,14 @@ def table(rows: list[dict], rst: bool) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in ruled)
 
 
-def panels(rows: list[dict], title: str):
+def panels(rows: list[dict], title: str, below: str):
     """Make a figure with a panel for each direction and a line for each case, the first one on top."""
     from matplotlib.figure import Figure
 
     labels = [row["label"] for row in rows[::2]]
     figure = Figure(figsize=(10, 1.4 + 0.24 * len(labels)), layout="constrained")
     figure.suptitle(title, fontsize=12.5, fontweight="bold")
+    figure.supxlabel(below, fontsize=9)
     axes = figure.subplots(1, 2, sharey=True)
     for panel, direction in zip(axes, DIRECTIONS, strict=True):
         panel.set_title(direction, fontsize=11)
@@ -64,10 +65,12 @@ def bars(panel, rows: list[dict], widths: list[float], texts: list[str], left: f
 
 def draw_times(rows: list[dict]):
     """How many times as fast as the best peer: bars from 1 on, to the left where the peer is faster."""
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import NullFormatter
 
     rows = [row for row in rows if row["best"]]
-    figure, axes = panels(rows, "How many times as fast as the best peer is nbnorm?")
+    figure, axes = panels(
+        rows, "How many times as fast as the best peer is nbnorm?", "time of the best peer / time of nbnorm"
+    )
     for panel, direction in zip(axes, DIRECTIONS, strict=True):
         own = [row for row in rows if row["direction"] == direction]
         bars(
@@ -78,25 +81,27 @@ def draw_times(rows: list[dict]):
             1,
         )
         panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_formatter(ScalarFormatter())
+        panel.xaxis.set_major_formatter("{x:g}")
         panel.xaxis.set_minor_formatter(NullFormatter())
         low, high = panel.get_xlim()
         panel.set_xlim(min(low, 0.7), high * 1.5)
         panel.axvline(1, color=FLOOR, linewidth=1)
-        panel.set_xlabel("time of the best peer / time of nbnorm")
     return figure
 
 
 def draw_copies(rows: list[dict]):
     """Time in copies, with a mark at the floor."""
-    figure, axes = panels(rows, "How far from the speed of memory is it?")
+    figure, axes = panels(
+        rows,
+        "How far is nbnorm from the speed of memory?",
+        "time of nbnorm / time of a copy; the mark: what must at least be read and written",
+    )
     for panel, direction in zip(axes, DIRECTIONS, strict=True):
         own = [row for row in rows if row["direction"] == direction]
         bars(panel, own, [row["copies"] for row in own], [f"{row['copies']:.2f}" for row in own])
         for i, row in enumerate(own):
             panel.plot([row["floor"]] * 2, [i - 0.42, i + 0.42], color=FLOOR, linewidth=2)
         panel.margins(x=0.12)
-        panel.set_xlabel("time of nbnorm / time of a copy; the mark: what must be read and written")
     return figure
 
 
