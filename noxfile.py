@@ -112,6 +112,7 @@ def gpu(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Every benchmark once, to see that all of them run."""
     session.install("-e", ".[bench]")
+    session.run("asv", "check", "--python=same")
     session.run("asv", "machine", "--yes")
     session.run("asv", "run", "--quick", "--python=same", "--show-stderr", *session.posargs)
 

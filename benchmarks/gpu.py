@@ -222,7 +222,7 @@ def rows(cp: Any, only: set[str]) -> Iterator[Row]:
     """Time every case, forward and backward, beside a copy of the tensor and beside PyTorch."""
     for norm, shape, dtype in CASES:
         if not only or norm.split()[0] in only:
-            for row in time_case(cp, norm, shape, dtype):
+            for row in timed(cp, norm, shape, dtype):
                 peers = "  ".join(f"{name} {time:.1f}" for name, time in row.peers.items())
                 print(
                     f"{norm:11s} {shape!s:22s} {dtype:9s} {row.direction:9s} {row.microseconds:9.1f} us "
@@ -234,7 +234,7 @@ def rows(cp: Any, only: set[str]) -> Iterator[Row]:
             cp.get_default_memory_pool().free_all_blocks()
 
 
-def time_case(cp: Any, norm: str, shape: tuple[int, ...], dtype: str) -> Iterator[Row]:
+def timed(cp: Any, norm: str, shape: tuple[int, ...], dtype: str) -> Iterator[Row]:
     """Time one case."""
     forward, backward, x, dy, parameters = _call(cp, norm, shape, dtype)
     target = cp.empty_like(x)

@@ -1,91 +1,79 @@
-"""How fast is nbnorm beside PyTorch, on the same arrays, in the same process, with the same threads?
+"""How fast is nbnorm beside other libraries, on the same arrays, in the same process, with the same threads?
 
-python -m benchmarks.peers [--threads 2] [--json FILE] prints, for each shape, the time in copies of the tensor
-and how many times faster nbnorm is than PyTorch's eager operator, the faster of its plain and `out=` calls.
+python -m benchmarks.peers [--threads 2] [--norms batch layer] [--only "(32, 64, 56, 56)"] [--peers torch jax]
+[--json FILE] prints for each case the time of a copy, that of nbnorm in copies, and how many times as fast as the
+best peer it is, both at the best of interleaved rounds; then the geometric means, and the cases where the median
+over the rounds is below 0.97. benchmarks/report.py draws what --json keeps.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from itertools import groupby
+from statistics import geometric_mean
 
 import numba
-import numpy as np
 
 import nbnorm
 
-from .common import SHAPES, batch, interleaved, parallel_copy
+with suppress(ImportError):  # asv reads every file of this folder, with versions that lack them
+    from nbnorm import _bench, _peers
 
-Calls = dict[str, Callable[[], object]]
+from .common import BATCHES, Case, both_layouts, floor
 
-
-def torch_calls(x: np.ndarray, dy: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> Calls:
-    """PyTorch's batch norm, forward and backward, with new results and with given ones."""
-    import torch
-
-    aten = torch.ops.aten
-    tx, tdy, tw, tb = (torch.from_numpy(array) for array in (x, dy, weight, bias))
-    channels = weight.size
-    running = torch.zeros(channels), torch.ones(channels)
-    _, mean, rstd = aten.native_batch_norm(tx, tw, tb, *running, True, 0.1, 1e-5)
-    results = (torch.empty_like(tx), torch.empty_like(mean), torch.empty_like(rstd))
-    gradients = (torch.empty_like(tx), torch.empty(channels), torch.empty(channels))
-    forward = (tx, tw, tb, *running, True, 0.1, 1e-5)
-    backward = (tdy, tx, tw, *running, mean, rstd, True, 1e-5, [True, True, True])
-    names = ("out", "save_mean", "save_invstd"), ("out0", "out1", "out2")
-    into = dict(zip(names[0], results, strict=True)), dict(zip(names[1], gradients, strict=True))
-    return {
-        "forward plain": lambda: aten.native_batch_norm(*forward),
-        "forward out": lambda: aten.native_batch_norm.out(*forward, **into[0]),
-        "backward plain": lambda: aten.native_batch_norm_backward(*backward),
-        "backward out": lambda: aten.native_batch_norm_backward.out(*backward, **into[1]),
-    }
+ENOUGH = 0.97
+OTHERS = [
+    *(Case("layer", shape) for shape in [(2048, 768), (8192, 1024), (512, 4096), (128, 50257), (65536, 96)]),
+    *(Case("rms", shape) for shape in [(2048, 4096), (16384, 512)]),
+    *(Case("group", shape, num_groups=32) for shape in [(8, 128, 32, 32), (2, 320, 64, 64)]),
+    *(Case("instance", shape) for shape in [(8, 64, 64, 64), (2, 32, 256, 256)]),
+]
+CASES = [*(case for shape in BATCHES.values() for case in both_layouts(shape)), *OTHERS]
 
 
-def nbnorm_calls(x: np.ndarray, dy: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> Calls:
-    """Batch norm of nbnorm, forward with running statistics and backward with all gradients, into given arrays."""
-    running = np.zeros_like(weight), np.ones_like(weight)
-    y, saved = nbnorm.batch_norm_forward(x, weight, bias, *running)
-    dx, dweight, dbias = nbnorm.batch_norm_backward(dy, saved)
-    return {
-        "forward": lambda: nbnorm.batch_norm_forward(x, weight, bias, *running, out=y),
-        "backward": lambda: nbnorm.batch_norm_backward(dy, saved, out=(dx, dweight, dbias)),
-    }
+def compare(case: Case, rounds: int, peers: _bench.Peers) -> Iterator[dict]:
+    """Return the numbers of a case, forward and backward."""
+    shape = (case.shape[0], *case.shape[2:], case.shape[1]) if case.channels_last else case.shape
+    channel_axis = -1 if case.channels_last else 1
+    arrays = _bench.make_batch(_bench.Case(f"{case.norm}_norm", shape, channel_axis, case.num_groups))
+    for row in _bench.measure(arrays, rounds, peers):
+        yield {
+            "label": str(case),
+            "norm": case.norm,
+            **asdict(row),
+            "floor": floor(row.direction, case),
+            "best": min(row.peers, key=row.peers.get, default=None),
+            "times": min(row.peers.values(), default=float("nan")) / row.seconds,
+            "median": min(row.medians.values(), default=float("nan")),
+        }
 
 
-def agree(x: np.ndarray, dy: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> None:
-    """Check that both libraries compute the same before they are timed."""
-    import torch
-
-    tx, tdy, tw, tb = (torch.from_numpy(array) for array in (x, dy, weight, bias))
-    ty, mean, rstd = torch.native_batch_norm(tx, tw, tb, None, None, True, 0.1, 1e-5)
-    tdx, tdweight, tdbias = torch.ops.aten.native_batch_norm_backward(
-        tdy, tx, tw, None, None, mean, rstd, True, 1e-5, [True, True, True]
+def show(rows: list[dict]) -> None:
+    """Print a line for a case."""
+    first = rows[0]
+    cells = [f"{r['copies']:7.2f} {r['times']:6.2f}x {r['best'] or '-':8}" for r in rows]
+    print(
+        f"{first['label']:42}{first['seconds'] / first['copies'] * 1e3:9.3f} | {' | '.join(cells)}",
+        flush=True,
     )
-    y, saved = nbnorm.batch_norm_forward(x, weight, bias)
-    for ours, theirs in zip(
-        (y, *nbnorm.batch_norm_backward(dy, saved)), (ty, tdx, tdweight, tdbias), strict=True
-    ):
-        np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
 
 
-def measure(shape: tuple[int, ...], channels_last: bool) -> dict[str, float]:
-    """Copies and speed-ups of one shape: best of interleaved rounds."""
-    b = batch(shape, channels_last)
-    first = (0, b.x.ndim - 1, *range(1, b.x.ndim - 1)) if channels_last else tuple(range(b.x.ndim))
-    x, dy = b.x.transpose(first), b.dy.transpose(first)
-    agree(x, dy, b.weight, b.bias)
-    source, target = b.x.reshape(-1), b.out.reshape(-1)
-    calls = {"copy": lambda: parallel_copy(source, target)}
-    calls |= nbnorm_calls(x, dy, b.weight, b.bias) | torch_calls(x, dy, b.weight, b.bias)
-    best = dict(zip(calls, interleaved(*calls.values()).min(axis=0), strict=True))
-    row = {"copy_ms": best["copy"] * 1e3}
-    for operation in ("forward", "backward"):
-        peer = min(best[f"{operation} plain"], best[f"{operation} out"])
-        row[f"{operation}_copies"] = best[operation] / best["copy"]
-        row[f"{operation}_speedup"] = peer / best[operation]
-    return row
+def summarize(rows: list[dict]) -> None:
+    """Print geometric means, and where a peer is faster."""
+    rows = sorted((row for row in rows if row["peers"]), key=lambda row: (row["norm"], row["direction"]))
+    for (norm, direction), group in groupby(rows, key=lambda row: (row["norm"], row["direction"])):
+        times = [row["times"] for row in group]
+        print(
+            f"{norm:9}{direction:9} geometric mean {geometric_mean(times):6.2f}x, lowest {min(times):5.2f}x"
+        )
+    for row in (row for row in rows if row["median"] < ENOUGH):
+        print(
+            f"below {ENOUGH}: {row['label']} {row['direction']}, median {row['median']:.2f}x, best {row['times']:.2f}x"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -93,30 +81,35 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=2, help="threads of both libraries")
+    norms = sorted({case.norm for case in CASES})
+    most = numba.config.NUMBA_NUM_THREADS
+    parser.add_argument("--threads", type=int, default=most, help="threads of all libraries")
+    parser.add_argument("--rounds", type=int, default=50, help="turns of each call")
+    parser.add_argument("--norms", nargs="+", choices=norms, default=norms, metavar="NORM")
+    parser.add_argument("--only", default="", help="the cases whose labels contain this")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        default=[],
+        choices=_peers.PEERS,
+        metavar="NAME",
+        help="default: those installed, but for compile",
+    )
     parser.add_argument("--json", help="file for the numbers")
-    parser.add_argument("--only", help="run the shapes whose names contain this")
     options = parser.parse_args(argv)
-    import torch
-
-    torch.set_num_threads(options.threads)
     numba.set_num_threads(options.threads)
-    print(f"{'shape':44s} {'copy ms':>8s} | forward: copies, x PyTorch | backward: copies, x PyTorch")
-    rows = {}
-    for name, shape in SHAPES.items():
-        for channels_last in (False, True)[: 1 if len(shape) == 2 else 2]:
-            label = f"{name} {shape}{' channels last' if channels_last else ''}"
-            if options.only and options.only not in label:
-                continue
-            r = rows[label] = measure(shape, channels_last)
-            print(
-                f"{label:44s} {r['copy_ms']:8.3f} | {r['forward_copies']:8.2f} {r['forward_speedup']:8.2f}x"
-                f"         | {r['backward_copies']:8.2f} {r['backward_speedup']:8.2f}x",
-                flush=True,
-            )
+    peers = _peers.chosen(options.peers, options.threads)
+    print(f"beside {', '.join(peers)}; {options.threads} thread(s)")
+    print(f"{'':42}{'copy ms':>9} | forward: copies, x best peer | backward: copies, x best peer")
+    rows = []
+    for case in CASES:
+        if case.norm in options.norms and options.only in str(case):
+            rows += (found := list(compare(case, options.rounds, peers)))
+            show(found)
+    summarize(rows)
     if options.json:
         with open(options.json, "w") as file:
-            json.dump(rows, file, indent=1)
+            json.dump({"info": nbnorm.info(), "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":

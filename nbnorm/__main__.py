@@ -11,7 +11,7 @@ from math import prod
 
 import numba
 
-from nbnorm import _bench, _catalogue, _tables, tools
+from nbnorm import _bench, _catalogue, _peers, _tables, tools
 
 DESCRIPTION = """\
 Normalization of NumPy arrays, forward and backward.
@@ -34,15 +34,16 @@ programs that come after (nbnorm info shows the folder). nbnorm.warmup(...) does
   nbnorm warmup --layouts channels_first
 """
 BENCH = """\
-Measure every norm beside a copy of the same array, and with --peers beside PyTorch.
+Measure every norm beside a copy of the same array, and with --peers beside other libraries.
 
 Normalization moves memory, so a copy is the yardstick: forward reads x and writes y, as a copy does, and
 needs 1 copy at the least (1.5 where x does not stay in the cache); backward needs 1.5 (2.5). Each result is
 checked against plain float64 NumPy first. Keep the machine quiet: the best of many rounds counts.
 
-  nbnorm bench --quick                a first look: small arrays, few rounds
-  nbnorm bench --peers --threads 2    how many times as fast as PyTorch, if that is installed
-  nbnorm bench --json > bench.json    for scripts
+  nbnorm bench --quick                  a first look: small arrays, few rounds
+  nbnorm bench --peers --threads 2      how many times as fast as what is installed of NumPy, PyTorch, oneDNN and JAX
+  nbnorm bench --peers torch compile    as PyTorch and its compiler
+  nbnorm bench --json > bench.json      for scripts
 """
 
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except KeyboardInterrupt:
         return 130
-    except (ArithmeticError, ImportError, OSError, TypeError, ValueError) as error:
+    except (ArithmeticError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"nbnorm {options.command}: {error}", file=sys.stderr)
         return 1
 
@@ -80,7 +81,13 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure", description=BENCH, formatter_class=raw)
     bench.add_argument("--quick", action="store_true", help="arrays of an eighth of the size, few rounds")
-    bench.add_argument("--peers", action="store_true", help="measure PyTorch too, if it is installed")
+    bench.add_argument(
+        "--peers",
+        nargs="*",
+        choices=_peers.PEERS,
+        metavar="NAME",
+        help=f"measure others, too: {', '.join(_peers.PEERS)} (no name: those installed, but for compile)",
+    )
     bench.add_argument("--threads", type=_threads, metavar="N", help="threads of Numba (default: all)")
     bench.set_defaults(run=_run_bench)
 
@@ -133,36 +140,34 @@ def _warmup(options: argparse.Namespace) -> int:
 def _run_bench(options: argparse.Namespace) -> int:
     if options.threads:
         numba.set_num_threads(options.threads)
-    peers = options.peers and _bench.has_torch()
-    if peers:
-        _bench.set_torch_threads(int(numba.get_num_threads()))
-    elif options.peers:
-        print("PyTorch is not installed: without --peers", file=sys.stderr)
+    threads = int(numba.get_num_threads())
+    peers = {} if options.peers is None else _peers.chosen(options.peers, threads)
     with _tables.progress(options.json) as progress:
         rows = list(_bench.rows(options.quick, peers, progress))
     if options.json:
         print(json.dumps({"info": tools.info(), "rows": [asdict(row) for row in rows]}, indent=2))
     else:
-        _bench_table(rows, peers).show()
+        _bench_table(rows, list(peers)).show()
     return 0
 
 
-def _bench_table(rows: list[_bench.Row], peers: bool) -> _tables.Table:
+def _bench_table(rows: list[_bench.Row], peers: list[str]) -> _tables.Table:
     """Lay out the measurements."""
     facts = tools.info()
     processor = f"{facts['cpu']} ({facts['cpu_target']})"
     title = f"nbnorm {tools.version()}, float32, {facts['threads']} thread(s) of {processor}"
-    headers = ("norm", "shape", "call", "time", "copies", *(["x torch"] if peers else []))
+    headers = ("norm", "shape", "call", "time", "copies", *(f"x {name}" for name in peers))
     table = _tables.Table(title, headers, words=3)
     for row in rows:
         first = row.direction == "forward"
         cells = [row.case.label() if first else "", str(row.case.shape) if first else "", row.direction]
         # A copy of so little is all launch: a multiple of that says nothing.
         cells += [_time(row.seconds), f"{row.copies:.2f}" if prod(row.case.shape) >= _bench.SMALL else "-"]
-        table.rows.append((*cells, *([] if row.torch is None else [f"{row.torch:.2f}"])))
+        cells += [f"{row.peers[name] / row.seconds:.2f}" if name in row.peers else "-" for name in peers]
+        table.rows.append(tuple(cells))
     table.caption = "copies: time of the call / time of a parallel copy of x; best of interleaved rounds."
     if peers:
-        table.caption += "\nx torch: time of PyTorch's call / time of nbnorm's."
+        table.caption += f"\nx {peers[0]}: time of its fastest call / time of nbnorm's."
     return table
 
 

@@ -1,4 +1,4 @@
-"""The quick table of ``nbnorm bench``, which tells how far each norm is from the speed of memory here.
+"""The table of ``nbnorm bench``, which tells how far each norm is from the speed of memory here.
 
 Normalization moves memory, so the unit is the *copy*: the time of a call over the time of a parallel copy of the
 same tensor. Every result is compared with plain float64 NumPy before the first timing; the calls then take
@@ -7,11 +7,9 @@ turns, in bursts, and the best burst of each counts.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,13 +17,23 @@ from numba import njit, prange
 
 from nbnorm._catalogue import NORMS
 from nbnorm._cpu.launch import PARALLEL_MIN
+from nbnorm._expressions import Expression, expression
 
 EPS = 1e-5
+DIRECTIONS = ("forward", "backward")
 BURST = 2e-4  # seconds: many calls of microseconds, yet short enough for some bursts to go undisturbed
+PAUSE = 2e-3  # seconds: a team of OpenMP spins for about a millisecond before it sleeps
+LONGEST = 2.0  # seconds that a call may take in all its rounds but the first few
 SMALL = PARALLEL_MIN  # elements
 ROUNDS = {True: 10, False: 50}  # quick or not
+FEWEST = 5  # rounds
+ROUNDINGS = 64
+PLAIN_ROUNDINGS = 1024  # NumPy and PyTorch add up long columns in float32 as they come
 
 Call = Callable[[], Any]
+Calls = Mapping[
+    str, Sequence[Call]
+]  # by direction; several where a library has several ways, the fastest counts
 Array = np.ndarray
 
 
@@ -45,6 +53,10 @@ class Case(NamedTuple):
         """Return the case with an eighth of the samples."""
         return self._replace(shape=(max(1, self.shape[0] // 8), *self.shape[1:]))
 
+    def expression(self) -> Expression:
+        """Return its formula."""
+        return expression(self.norm, self.shape, self.channel_axis, self.num_groups, EPS)
+
 
 CASES = (
     Case("batch_norm", (32, 64, 56, 56)),
@@ -60,13 +72,14 @@ CASES = (
 
 @dataclass(frozen=True)
 class Row:
-    """The best time of a call, in copies too, and how many times as long PyTorch takes (None: not asked)."""
+    """The best time of a call, in copies too, and those of peers, with the median of their rounds over ours."""
 
     case: Case
     direction: str
     seconds: float
     copies: float
-    torch: float | None
+    peers: dict[str, float]
+    medians: dict[str, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,17 +92,15 @@ class Batch:
     parameters: tuple[Array, ...]
 
 
-def rows(quick: bool, peers: bool, progress: Callable[[str], object]) -> Iterator[Row]:
+Peers = Mapping[str, Callable[[Batch], Calls]]
+
+
+def rows(quick: bool, peers: Peers, progress: Callable[[str], object]) -> Iterator[Row]:
     """Check and measure case by case."""
     for case in CASES:
         case = case.smaller() if quick else case
         progress(f"{case.label()} {case.shape}")
-        yield from measure(make_batch(case), ROUNDS[quick], peers and has_torch())
-
-
-def has_torch() -> bool:
-    """Whether PyTorch is installed."""
-    return importlib.util.find_spec("torch") is not None
+        yield from measure(make_batch(case), ROUNDS[quick], peers)
 
 
 def make_batch(case: Case) -> Batch:
@@ -101,108 +112,76 @@ def make_batch(case: Case) -> Batch:
     return Batch(case, x, rng.standard_normal(case.shape, np.float32), tuple(parameters))
 
 
-def measure(batch: Batch, rounds: int, peers: bool) -> list[Row]:
-    """Return the rows of one case, forward and backward."""
-    calls = our_calls(batch)
+def measure(batch: Batch, rounds: int, peers: Peers) -> list[Row]:
+    """Return the rows of one case, forward and backward; a peer that lacks the case is left out of them."""
+    calls: dict[str, Calls] = {"nbnorm": our_calls(batch)}
+    calls |= {name: make(batch) for name, make in peers.items()}
     expected = reference(batch)
-    check("nbnorm", calls, expected)
+    for name, ways in calls.items():
+        check(name, ways, expected, ROUNDINGS if name == "nbnorm" else PLAIN_ROUNDINGS)
+    del expected
     source, target = batch.x.reshape(-1), np.zeros(batch.x.size, batch.x.dtype)
-    everything = {"copy": lambda: parallel_copy(source, target), **calls}
-    if peers:
-        others = torch_calls(batch)
-        check("PyTorch", others, expected)
-        everything |= {f"torch {name}": call for name, call in others.items()}
-    seconds = dict(zip(everything, best(list(everything.values()), rounds), strict=True))
+    calls["nbnorm"] = {"copy": [lambda: parallel_copy(source, target)], **calls["nbnorm"]}
+    seconds = times(calls, rounds)
+    copy = min(seconds["nbnorm", "copy"][0])
     found = []
-    for name in calls:
-        torch = seconds[f"torch {name}"] / seconds[name] if peers else None
-        found.append(Row(batch.case, name, seconds[name], seconds[name] / seconds["copy"], torch))
+    for direction in DIRECTIONS:
+        (ours,) = seconds["nbnorm", direction]
+        theirs = {name: seconds[name, direction] for name in peers if (name, direction) in seconds}
+        found.append(
+            Row(
+                batch.case,
+                direction,
+                min(ours),
+                min(ours) / copy,
+                {name: min(map(min, ways)) for name, ways in theirs.items()},
+                {name: min(_median_ratio(way, ours) for way in ways) for name, ways in theirs.items()},
+            )
+        )
     return found
 
 
-def our_calls(batch: Batch) -> dict[str, Call]:
+def _median_ratio(others: list[float], ours: list[float]) -> float:
+    """Return the median over rounds of how long another call took beside ours."""
+    return float(np.median([theirs / own for theirs, own in zip(others, ours, strict=False)]))
+
+
+def our_calls(batch: Batch) -> Calls:
     """Forward into a given y and backward into given gradients."""
     case, norm = batch.case, NORMS[batch.case.norm]
     options: dict[str, Any] = {"channel_axis": case.channel_axis, "num_groups": case.num_groups, "eps": EPS}
     y, saved = norm.forward(batch.x, *batch.parameters, **options)
     gradients = norm.backward_call(batch.dy, saved)
     return {
-        "forward": lambda: norm.forward(batch.x, *batch.parameters, **options, out=y)[0],
-        "backward": lambda: norm.backward_call(batch.dy, saved, out=gradients)[0],
+        "forward": [lambda: norm.forward(batch.x, *batch.parameters, **options, out=y)],
+        "backward": [lambda: norm.backward_call(batch.dy, saved, out=gradients)],
     }
-
-
-def torch_calls(batch: Batch) -> dict[str, Call]:
-    """PyTorch on the same memory: its function without a graph, and its backward on a graph that is kept."""
-    torch = importlib.import_module("torch")
-    functional, case = torch.nn.functional, batch.case
-    x = torch.from_numpy(batch.x)
-    x = x.movedim(-1, 1) if case.channel_axis == -1 and case.norm == "batch_norm" else x
-    dy = torch.from_numpy(batch.dy)
-    dy = dy.movedim(-1, 1) if x.shape != dy.shape else dy
-    parameters = [torch.from_numpy(values) for values in batch.parameters]
-    last = (batch.x.shape[-1],)
-    calls: dict[str, Callable[..., Any]] = {
-        "batch_norm": lambda x, *wb: functional.batch_norm(x, None, None, *wb, training=True, eps=EPS),
-        "layer_norm": lambda x, *wb: functional.layer_norm(x, last, *wb, eps=EPS),
-        "rms_norm": lambda x, w: functional.rms_norm(x, last, w, eps=EPS),
-        "group_norm": lambda x, *wb: functional.group_norm(x, case.num_groups, *wb, eps=EPS),
-        "instance_norm": lambda x, w, b: functional.instance_norm(x, weight=w, bias=b, eps=EPS),
-    }
-    call = calls[case.norm]
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, *parameters)]
-    y = call(*leaves)
-
-    def forward() -> Any:
-        with torch.no_grad():
-            return call(x, *parameters)
-
-    return {"forward": forward, "backward": lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)[0]}
 
 
 def reference(batch: Batch) -> dict[str, Array]:
-    """Y and dx in float64, by axes."""
-    case, norm = batch.case, NORMS[batch.case.norm]
-    channels = case.channel_axis % batch.x.ndim if norm.by_channel else batch.x.ndim - 1
-    shape = list(batch.x.shape)
-    axes = tuple(range(1, len(shape)))
-    if case.norm == "batch_norm":
-        axes = tuple(axis for axis in range(len(shape)) if axis != channels)
-    elif norm.by_channel:  # groups of channels get an axis of their own; a group per channel is instance norm
-        groups = case.num_groups if norm.with_groups else shape[channels]
-        shape[channels : channels + 1] = [groups, shape[channels] // groups]
-        axes = tuple(axis for axis in range(1, len(shape)) if axis != channels)
-    else:
-        axes = (channels,)
-    x, dy = (values.astype(np.float64).reshape(shape) for values in (batch.x, batch.dy))
-    ndim = batch.x.ndim
-    along = [-1 if axis == channels else 1 for axis in range(ndim)]
-    weight, *bias = (
-        np.broadcast_to(p.astype(np.float64).reshape(along), batch.x.shape).reshape(shape)
-        for p in batch.parameters
-    )
-    centered = case.norm != "rms_norm"
-    deviation = x - x.mean(axes, keepdims=True) if centered else x
-    rstd = 1 / np.sqrt((deviation**2).mean(axes, keepdims=True) + EPS)
-    x_hat, g = deviation * rstd, dy * weight
-    dx = g - x_hat * (g * x_hat).mean(axes, keepdims=True)
-    if centered:
-        dx -= g.mean(axes, keepdims=True)
-    y = x_hat * weight + (bias[0] if bias else 0)
-    return {name: value.reshape(batch.x.shape) for name, value in (("forward", y), ("backward", dx * rstd))}
+    """Y and dx in float64."""
+    formula = batch.case.expression()
+    x, dy, weight, *bias = (a.astype(np.float64) for a in (batch.x, batch.dy, *batch.parameters))
+    y, *statistics = formula.forward(x, weight, *bias)
+    return {"forward": y, "backward": formula.backward(dy, x, weight, *statistics)[0]}
 
 
-def check(who: str, calls: dict[str, Call], expected: dict[str, Array]) -> None:
-    """Stop if a result is wrong: a fast wrong number is worth nothing."""
-    for name, call in calls.items():
-        found = np.asarray(call())
-        right = expected[name]
-        if found.shape != right.shape:  # PyTorch's channels come first
-            found = np.moveaxis(found, 1, -1)
-        bound = 64 * np.finfo(np.float32).eps * max(1.0, float(np.abs(right).max()))
-        error = float(np.abs(found - right).max())
-        if not error <= bound:
-            raise ArithmeticError(f"{who}, {name}: off by {error:.2e}, allowed are {bound:.2e}")
+def check(who: str, calls: Calls, expected: dict[str, Array], roundings: int) -> None:
+    """Stop if y or dx, the first result of a call, is wrong: a fast wrong number is worth nothing."""
+    for direction, right in expected.items():
+        bound = roundings * np.finfo(np.float32).eps * max(1.0, float(np.abs(right).max()))
+        for call in calls.get(direction, ()):
+            error = float(np.abs(_like(call()[0], right) - right).max())
+            if not error <= bound:
+                raise ArithmeticError(f"{who}, {direction}: off by {error:.2e}, allowed are {bound:.2e}")
+
+
+def _like(found: Any, right: Array) -> Array:
+    """Return an array of any library in NumPy's, with the shape that is right."""
+    array = np.asarray(found.to_dense() if hasattr(found, "to_dense") else found)
+    if array.shape != right.shape and array.shape[0] == right.shape[0]:  # PyTorch's channels come first
+        array = np.moveaxis(array, 1, -1)
+    return array.reshape(right.shape)
 
 
 @njit(parallel=True)
@@ -212,21 +191,43 @@ def parallel_copy(source, target):  # type: ignore[no-untyped-def]
         target[i] = source[i]
 
 
-def best(calls: list[Call], rounds: int) -> list[float]:
-    """Seconds per call, the best of some rounds; in every round, each takes its turn for a burst of calls."""
-    repeats = [max(1, round(BURST / min(burst(call, 1) for _ in range(3)))) for call in calls]
-    times = [[burst(call, n) for call, n in zip(calls, repeats, strict=True)] for _ in range(rounds)]
-    return [min(column) for column in zip(*times, strict=True)]
+def times(calls: Mapping[str, Calls], rounds: int) -> dict[tuple[str, str], list[list[float]]]:
+    """Seconds per call in every round, for each way of each direction of each library.
+
+    In every round, each call takes its turn for a burst, and between libraries there is a pause, in which the threads
+    of the last one fall asleep. Who needs seconds has fewer rounds.
+    """
+    everything = {
+        (who, direction): [(way, *_plan(way, rounds)) for way in ways]
+        for who, directions in calls.items()
+        for direction, ways in directions.items()
+    }
+    seconds: dict[tuple[str, str], list[list[float]]] = {
+        key: [[] for _ in ways] for key, ways in everything.items()
+    }
+    for turn in range(rounds):
+        last = None
+        for (who, direction), ways in everything.items():
+            for found, (call, repeats, turns) in zip(seconds[who, direction], ways, strict=True):
+                if turn >= turns:
+                    continue
+                if who != last:
+                    sleep(PAUSE)
+                last = who
+                found.append(burst(call, repeats))
+    return seconds
+
+
+def _plan(call: Call, rounds: int) -> tuple[int, int]:
+    """Return how many calls make a burst, and in how many rounds."""
+    once = min(burst(call, 1) for _ in range(3))
+    return max(1, round(BURST / once)), min(rounds, max(FEWEST, round(LONGEST / once)))
 
 
 def burst(call: Call, n: int) -> float:
-    """Seconds per call over n calls in a row."""
+    """Seconds per call over n calls in a row, behind one that wakes the threads and brings its arrays near."""
+    call()
     start = perf_counter()
     for _ in range(n):
         call()
     return (perf_counter() - start) / n
-
-
-def set_torch_threads(threads: int) -> None:
-    """Give PyTorch as many threads as Numba has."""
-    importlib.import_module("torch").set_num_threads(threads)

@@ -31,6 +31,7 @@ _PACKAGES = [
     "llvmlite",
     "ml_dtypes",
     "torch",
+    "jax",
     "numba-cuda",
     "cupy-cuda12x",
     "cupy-cuda13x",

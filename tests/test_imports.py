@@ -16,7 +16,8 @@ PACKAGE = Path(nbnorm.__file__).parent
 LEVELS = [
     {"__init__"},
     {"__main__"},
-    {"tools", "torch", "conventions", "reestimation", "_bench"},
+    {"tools", "torch", "conventions", "reestimation", "_peers"},
+    {"_bench"},
     {"layers", "batch_layer", "_catalogue"},
     {"_layer"},
     {"_state", "_buffers"},
@@ -31,7 +32,7 @@ LEVELS = [
     {"_dispatch", "_tables"},
     {"_cpu", "_cuda"},
     {"_activation"},
-    {"_libraries", "_math", "_options", "_view", "_warn"},
+    {"_expressions", "_libraries", "_math", "_options", "_view", "_warn"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 
@@ -39,8 +40,8 @@ LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in mod
 def test_import_loads_no_device_and_no_framework():
     """A fresh interpreter that imports nbnorm and touches every public name."""
     code = (
-        "import sys, nbnorm; [getattr(nbnorm, name) for name in dir(nbnorm)];"
-        "print(*[m for m in ('cupy', 'torch', 'numba.cuda', 'mpi4py') if m in sys.modules])"
+        "import sys, nbnorm, nbnorm.__main__; [getattr(nbnorm, name) for name in dir(nbnorm)];"
+        "print(*[m for m in ('cupy', 'torch', 'jax', 'numba.cuda', 'mpi4py') if m in sys.modules])"
     )
     environment = {"PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run(

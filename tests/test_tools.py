@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import nbnorm
-from nbnorm import _bench, _catalogue, tools
+from nbnorm import _bench, _catalogue, _peers, tools
 from nbnorm.__main__ import main
 from nbnorm._cpu import rows
 from nbnorm._tables import Table
@@ -140,26 +140,54 @@ def test_bench_command(capsys, tiny, terminal):
 
 
 @pytest.mark.slow
-def test_bench_with_peers(capsys, tiny):
-    """Every case of ours and of PyTorch passes the check against float64, and is timed."""
-    pytest.importorskip("torch")
-    assert main(["bench", "--peers", "--json"]) == 0
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch, about itself
+@pytest.mark.parametrize("name", _peers.PEERS)
+def test_bench_with_peers(capsys, tiny, monkeypatch, name):
+    """Every case of ours and of a peer passes the check against float64, and is timed."""
+    pytest.importorskip(_peers.PEERS[name].package)
+    if name == "compile":  # seconds per case
+        monkeypatch.setattr(_bench, "CASES", TINY[3:4])
+    assert main(["bench", "--peers", name, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["info"] == nbnorm.info()
     assert [(row["case"][0], row["direction"]) for row in found["rows"]] == [
-        (case.norm, direction) for case in TINY for direction in ("forward", "backward")
+        (case.norm, direction) for case in _bench.CASES for direction in ("forward", "backward")
     ]
     for row in found["rows"]:
-        assert min(row["seconds"], row["copies"], row["torch"]) > 0
+        lacks = name == "onednn" and row["case"][0] != "batch_norm"
+        assert row["peers"].keys() == row["medians"].keys() == (set() if lacks else {name})
+        assert min(row["seconds"], row["copies"], *row["peers"].values(), *row["medians"].values()) > 0
 
 
-def test_bench_without_torch(capsys, tiny, monkeypatch):
+def test_bench_with_the_installed_peers(capsys, tiny, monkeypatch):
+    """Without names, every one that is installed gets a column, but for the compiler; what it lacks is a dash."""
     monkeypatch.setattr(_bench, "CASES", TINY[3:4])
-    monkeypatch.setattr(_bench, "has_torch", lambda: False)
-    assert main(["bench", "--peers", "--json"]) == 0
-    printed = capsys.readouterr()
-    assert "PyTorch is not installed" in printed.err
-    assert [row["torch"] for row in json.loads(printed.out)["rows"]] == [None, None]
+    monkeypatch.setattr(_peers, "find_spec", lambda package: package == "numpy" or None)
+    assert main(["bench", "--peers"]) == 0
+    text = capsys.readouterr().out
+    assert "x numpy" in text
+    assert "x torch" not in text
+
+
+def test_bench_with_an_absent_peer(capsys, monkeypatch):
+    monkeypatch.setattr(_peers, "find_spec", lambda package: None)
+    assert main(["bench", "--peers", "jax"]) == 1
+    assert (
+        capsys.readouterr().err
+        == "nbnorm bench: jax is measured with the package jax, which is not installed\n"
+    )
+
+
+@pytest.mark.parametrize("case", TINY, ids=str)
+def test_expressions(case):
+    """The formula that results are checked against is the gradient of what it says forward."""
+    batch = _bench.make_batch(case)
+    formula = case.expression()
+    x, dy, weight, *bias = (a.astype(np.float64) for a in (batch.x, batch.dy, *batch.parameters))
+    dx = _bench.reference(batch)["backward"]
+    step = np.random.default_rng(1).standard_normal(x.shape) * 1e-6
+    ahead, behind = (formula.forward(x + sign * step, weight, *bias)[0] for sign in (1, -1))
+    np.testing.assert_allclose(np.sum(dx * step), np.sum(dy * (ahead - behind)) / 2, rtol=1e-5)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -169,8 +197,8 @@ def test_bench_stops_at_a_wrong_result(capsys, tiny, monkeypatch, direction):
 
     def wrong(batch):
         calls = right(batch)
-        good = calls[direction]
-        return calls | {direction: lambda: good() + np.float32(1e-3)}
+        (good,) = calls[direction]
+        return calls | {direction: [lambda: (good()[0] + np.float32(1e-3),)]}
 
     monkeypatch.setattr(_bench, "our_calls", wrong)
     monkeypatch.setattr(_bench, "CASES", TINY[3:4])
@@ -188,7 +216,10 @@ def test_interrupted(monkeypatch):
     assert main(["warmup"]) == 130
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["bench", "--threads", "0"], ["warmup", "--norms", "no"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["fly"], ["bench", "--threads", "0"], ["bench", "--peers", "no"], ["warmup", "--norms", "no"]],
+)
 def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)

@@ -1,0 +1,85 @@
+"""How far are layer, RMS, group and instance norm from the speed of memory?
+
+python -m benchmarks.bench_norms prints one table for each norm.
+"""
+
+from __future__ import annotations
+
+from .common import TRAINING, Case, Timed, measure, measured, show
+
+LAYER = {
+    "BERT, 8 x 512 tokens": Case("layer", (4096, 768)),
+    "GPT, 8 x 1024 tokens": Case("layer", (8192, 1024)),
+    "Swin, windows": Case("layer", (65536, 96)),
+    "long rows": Case("layer", (128, 50257)),
+}
+RMS = {
+    "Llama, 2048 tokens": Case("rms", (2048, 4096)),
+    "Llama, one token": Case("rms", (1, 4096)),
+    "small model": Case("rms", (16384, 512)),
+    "heads": Case("rms", (65536, 128)),
+}
+GROUP = {
+    "diffusion, early": Case("group", (2, 320, 64, 64), num_groups=32),
+    "diffusion, late": Case("group", (2, 1280, 8, 8), num_groups=32),
+    "YOLO": Case("group", (8, 64, 160, 160), num_groups=32),
+    "YOLO, channels last": Case("group", (8, 64, 160, 160), True, num_groups=32),
+    "3-D U-Net": Case("group", (2, 32, 64, 64, 64), num_groups=8),
+}
+INSTANCE = {
+    "style": Case("instance", (2, 32, 256, 256)),
+    "style, channels last": Case("instance", (2, 32, 256, 256), True),
+    "3-D U-Net, top": Case("instance", (2, 32, 64, 64, 64)),
+    "3-D U-Net, bottom": Case("instance", (2, 320, 8, 8, 8)),
+}
+
+
+class _Norm(Timed):
+    param_names = ("operation", "case")
+
+    def measure(self, operation, name):
+        return measure(operation, self.cases[name])
+
+
+class LayerNorm(_Norm):
+    """Rows, as in Transformers."""
+
+    cases = LAYER
+    params = (TRAINING, list(cases))
+
+    def setup_cache(self):
+        return measured(self)
+
+
+class RMSNorm(_Norm):
+    """Rows, as in large language models."""
+
+    cases = RMS
+    params = (TRAINING, list(cases))
+
+    def setup_cache(self):
+        return measured(self)
+
+
+class GroupNorm(_Norm):
+    """Groups of channels, as in diffusion models and detectors."""
+
+    cases = GROUP
+    params = (TRAINING, list(cases))
+
+    def setup_cache(self):
+        return measured(self)
+
+
+class InstanceNorm(_Norm):
+    """Channels of each sample, as in style transfer and medical images."""
+
+    cases = INSTANCE
+    params = (TRAINING, list(cases))
+
+    def setup_cache(self):
+        return measured(self)
+
+
+if __name__ == "__main__":
+    show(LayerNorm, RMSNorm, GroupNorm, InstanceNorm)
