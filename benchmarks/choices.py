@@ -1,39 +1,98 @@
 """What stands behind choices of the package that no other benchmark shows: `python -m benchmarks.choices`.
 
-Chunks of columns (`nbnorm/_cpu/columns.py`).
+Chunks of columns (`nbnorm/_cpu/grid.py`); along segments (`nbnorm/_cpu/planes.py`) fetching ahead, and one kernel or
+two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
 with suppress(ImportError):  # asv reads every file of this folder, with versions that lack them
-    from nbnorm._cpu import columns
+    import nbnorm
+    from nbnorm._cpu import columns, grid, planes
     from nbnorm._view import batch_view
 
 from .common import Case, batch, best
 
+SEGMENTS = (
+    (16, 32, 28, 28),
+    (4, 64, 56, 56),
+    (32, 64, 28, 28),
+    (8, 256, 40, 40),
+    (64, 384, 13, 13),
+    (32, 1024, 14, 14),
+    (32, 64, 56, 56),
+    (32, 512, 28, 28),
+)
+
+
+def show(title: str, calls: dict[Any, Callable[[], object]]) -> None:
+    """Print the times of calls in turns, those of all but the first as multiples of it."""
+    seconds = best(*calls.values())
+    times = ", ".join(f"{name} {s / seconds[0]:.2f}" for name, s in zip(calls, seconds, strict=True))
+    print(f"{title}: {times} x {seconds[0] * 1e6:.1f} us")
+
 
 def chunks() -> None:
-    """Moments of 64 long columns in more and more chunks, two passes of which go over each."""
+    """Moments of 64 long columns in more and more chunks, all of which are merged at the end."""
     x = batch(Case("batch", (65536, 64))).x
     view = batch_view(x.shape, x.strides, x.itemsize, 1)
     assert view is not None
-    cut = columns.Cut(*(int(n) for n in columns.geometry(view)))
+    cut = grid.Cut(*(int(n) for n in columns.geometry(view)))
     mean, m2 = np.empty((2, 64))
     calls = {}
     for wanted in (16, 8, 32, 64, 128):
         chunk = -(-cut.rows // wanted)
         g = np.array(cut._replace(chunk=chunk, chunks=-(-cut.rows // chunk)))
-        calls[wanted] = lambda g=g: columns.moments_kernel(2, g, x.reshape(-1), None, mean, m2)
-    seconds = best(*calls.values())
-    times = ", ".join(
-        f"{wanted} chunks {s / seconds[0]:.2f}" for wanted, s in zip(calls, seconds, strict=True)
-    )
-    print(f"moments of (65536, 64): {times} x {seconds[0] * 1e6:.1f} us (two threads)")
+        calls[wanted] = partial(columns.moments_kernel, 2, g, x.reshape(-1), None, mean, m2)
+    show(f"chunks for the moments of {x.shape}", calls)
+
+
+def ahead() -> None:
+    """Moments with and without fetching the next slot's segments."""
+    for shape in SEGMENTS:
+        x = batch(Case("batch", shape)).x
+        view = batch_view(x.shape, x.strides, x.itemsize, 1)
+        assert view is not None
+        mean, m2 = np.empty((2, shape[1]))
+        calls = {}
+        for name, distance in (("no", 0), ("yes", view.inner)):
+            cut = planes.Cut(*(int(n) for n in planes.geometry(view)))._replace(ahead=distance)
+            calls[name] = partial(planes.moments_kernel, 2, np.array(cut), x.reshape(-1), None, mean, m2)
+        show(f"fetching ahead for the moments of {shape}", calls)
+
+
+def kernels() -> None:
+    """Forward and backward passes by one kernel and by two."""
+    for shape in SEGMENTS:
+        b = batch(Case("batch", shape))
+        parameters = np.ones((2, shape[1]), np.float32)
+        y, saved = nbnorm.batch_norm_forward(b.x, *parameters)
+        out = nbnorm.batch_norm_backward(b.dy, saved)
+
+        def forward(fused: bool, x=b.x, parameters=parameters, y=y) -> None:
+            with patch.object(planes, "fused", lambda *arguments: fused):
+                nbnorm.batch_norm_forward(x, *parameters, out=y)
+
+        def backward(fused: bool, b=b, saved=saved, out=out) -> None:
+            with patch.object(planes, "fused", lambda *arguments: fused):
+                nbnorm.batch_norm_backward(b.dy, saved, out=out)
+
+        for call in (forward, backward):
+            calls = {"one": lambda call=call: call(True), "two": lambda call=call: call(False)}
+            # Another call between them, as in a network: what a call leaves in the caches is not what it finds.
+            calls["copy"] = lambda b=b, dx=out[0]: np.copyto(dx, b.dy)
+            show(f"kernels of {call.__name__} {shape}", calls)
 
 
 if __name__ == "__main__":
     chunks()
+    ahead()
+    kernels()

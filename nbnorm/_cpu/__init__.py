@@ -171,7 +171,7 @@ def backward(
         return rows.backward(view, x, dy, dx, mean, rstd, epilogue.weight, with_parameters)
     threads = threads_for(view.size)
     walk = _TRAVERSALS[view.traversal]
-    if not view.size or not walk.fused(view, threads, mask is not None):
+    if not view.size or not walk.fused(view, threads, mask is not None, backward=True):
         sums = _slot_sums(view, x, dy, mean, rstd, epilogue, mask)
         if view.size:
             _input_grad(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, mask, False)

@@ -59,8 +59,7 @@ def apply_kernel(g, x, y, mean, rstd, weight, bias, residual, activation):
     for index in prange(blocks):
         spread_affine(g, index, mean, rstd, weight, bias, terms[index], 0)
     for task in prange(blocks * chunks):
-        i = blocks * chunks - 1 - task
-        apply_chunk(g, x, y, residual, activation, i // chunks, i % chunks, terms[i // chunks])
+        apply_chunk(g, x, y, residual, activation, task // chunks, task % chunks, terms[task // chunks])
 
 
 @Twins
@@ -115,10 +114,20 @@ def input_grad_kernel(
         )
         spread_activation(g, index, mean, rstd, weight, bias, activation, terms[index])
     for task in prange(blocks * chunks):
-        i = blocks * chunks - 1 - task
-        index = i // chunks
+        index = task // chunks
         input_grad_chunk(
-            g, x, dy, dx, dresidual, residual, activation, weights, index, i % chunks, terms[index], constant
+            g,
+            x,
+            dy,
+            dx,
+            dresidual,
+            residual,
+            activation,
+            weights,
+            index,
+            task % chunks,
+            terms[index],
+            constant,
         )
 
 

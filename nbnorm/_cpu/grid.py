@@ -79,7 +79,7 @@ def geometry(view: View, masked: bool = False) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def fused(view: View, threads: int, masked: bool = False) -> bool:
+def fused(view: View, threads: int, masked: bool = False, backward: bool = False) -> bool:
     """Whether whole blocks keep the threads busy."""
     cut = Cut(*geometry(view, masked))
     return balanced(cut.batch * cut.blocks, threads)

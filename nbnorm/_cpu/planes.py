@@ -21,7 +21,7 @@ from numba import prange
 from nbnorm._activation import activate, activation_gradient
 from nbnorm._cpu.halves import narrow, widen
 from nbnorm._cpu.launch import Twins, balanced, helper, reduction
-from nbnorm._cpu.memory import row
+from nbnorm._cpu.memory import claim, fetch, row
 from nbnorm._cpu.tiles import (
     CHUNK,
     PIECE,
@@ -54,6 +54,17 @@ from nbnorm._math import (
 )
 from nbnorm._view import View
 
+# Thresholds in elements, for float32, from benchmarks/choices.py on an AMD EPYC (Zen 4, two cores, 1 MB of second-level
+# and 32 MB of last-level cache). Between these two, forward passes by two kernels, the second of which goes through
+# memory in order and finds x in the last-level cache, take a tenth to a quarter less than by a fused one.
+SPLIT = 1 << 20
+SHARED = 1 << 23
+# From FAR on, while a slot has up to NEAR, the next slot's segments, which lie behind those of this one, are fetched
+# ahead: a fifth to a third of the time of a reading pass. If segments are SHORT, the lines that are written are, too.
+FAR = 3 << 21
+NEAR = 1 << 15
+SHORT = 512
+
 
 class Cut(NamedTuple):
     """How an array is cut: `View` sizes, then the rows and columns of a chunk and the chunks of a slot."""
@@ -67,6 +78,8 @@ class Cut(NamedTuple):
     rows: int
     cols: int
     chunks: int
+    ahead: int  # how far to fetch ahead what is read, and below what is written; 0: not at all
+    claim: int
 
 
 @lru_cache(maxsize=4096)
@@ -78,18 +91,21 @@ def geometry(view: View, masked: bool = False) -> np.ndarray:
     rows, cols = (1, CHUNK) if view.inner > CHUNK else (max(1, CHUNK // view.inner), view.inner)
     chunks = -(-view.outer // rows) * -(-view.inner // cols)
     rule = (view.period, view.width, view.run)
-    return np.array(Cut(view.outer, view.group, view.inner, *rule, rows, cols, chunks))
+    ahead = view.inner if view.size >= FAR and view.outer * view.inner <= NEAR else 0
+    claim = ahead if view.inner <= SHORT else 0
+    return np.array(Cut(view.outer, view.group, view.inner, *rule, rows, cols, chunks, ahead, claim))
 
 
-def fused(view: View, threads: int, masked: bool = False) -> bool:
-    """Whether whole slots keep the threads busy."""
-    return balanced(view.slots, threads)
+def fused(view: View, threads: int, masked: bool = False, backward: bool = False) -> bool:
+    """Whether one kernel should do both passes: whole slots keep the threads busy, and its walk costs little."""
+    scattered = view.outer > 1 and SPLIT <= view.size <= SHARED and not backward
+    return balanced(view.slots, threads) and not scattered
 
 
 @helper
 def unpack(g):
     """Name the integers of a geometry."""
-    return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8])
+    return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10])
 
 
 @helper
@@ -112,7 +128,9 @@ def chunk_moments(g, x, weights, slot, chunk):
     for tile in range(-(-rows // tile_rows) * -(-cols // tile_cols)):
         r, height, c, width = block(tile, rows, cols, tile_rows, tile_cols)
         first = ((r0 + r) * cut.group + slot) * cut.inner + c0 + c
-        tile_n, tile_mean, tile_m2 = tile_moments(x, None, first, cut.group * cut.inner, height, width)
+        tile_n, tile_mean, tile_m2 = tile_moments(
+            x, None, first, cut.group * cut.inner, height, width, cut.ahead
+        )
         n, mean, m2, rest = accumulate(n, mean, m2, rest, tile_n, tile_mean, tile_m2)
     return n, mean, settled(m2, rest)
 
@@ -137,9 +155,9 @@ def counted_chunk_moments(g, x, weights, slot, chunk):
 
 
 @helper
-def positions(weights, cut, r, j, start, end):
-    """Weights of the columns [start, end) of run ``j`` in row ``r``: every run has the same."""
-    return part(weights, (r - j) * cut.run + start, end - start)
+def positions(weights, cut, r, j, start, n):
+    """Weights of ``n`` columns of run ``j`` in row ``r``: every run has the same."""
+    return part(weights, (r - j) * cut.run + start, n)
 
 
 @helper
@@ -157,27 +175,69 @@ def apply_segment(x, y, residual, mean_hi, scale, shift, activation):
 
 
 @helper
+def run_affine(cut, x, slot, j, mean, rstd, weight, bias):
+    """Coefficients of `normalize` for one run of a slot."""
+    p = slot % cut.period * cut.width + j
+    return affine(mean, rstd, parameter(weight, p, 1.0), parameter(bias, p, 0.0), x)
+
+
+@helper
+def bounds(cut, j, c0, cols):
+    """First column of run ``j`` within [c0, c0 + cols), and how many there are."""
+    start = max(c0, j * cut.run)
+    return start, min(c0 + cols, (j + 1) * cut.run) - start
+
+
+@helper
+def apply_run(cut, x, y, residual, first, n, mean_hi, scale, shift, activation):
+    """Normalize neighbours that share their coefficients, and claim what is written next."""
+    if cut.claim > 0:
+        claim(y, first + cut.claim, n)
+    own_residual = part(residual, first, n)
+    apply_segment(row(x, first, n), row(y, first, n), own_residual, mean_hi, scale, shift, activation)
+
+
+@helper
 def apply_chunk(g, x, y, slot, chunk, mean, rstd, weight, bias, residual, activation):
     """Normalize one chunk of a slot, run by run, backwards: what has been read last is still in cache."""
     cut = unpack(g)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
     for j in range(first_run, end_run):
-        p = slot % cut.period * cut.width + j
-        mean_hi, scale, shift = affine(mean, rstd, parameter(weight, p, 1.0), parameter(bias, p, 0.0), x)
-        start, end = max(c0, j * cut.run), min(c0 + cols, (j + 1) * cut.run)
+        mean_hi, scale, shift = run_affine(cut, x, slot, j, mean, rstd, weight, bias)
+        start, n = bounds(cut, j, c0, cols)
         for r in range(r0 + rows - 1, r0 - 1, -1):
-            base = (r * cut.group + slot) * cut.inner
-            first, n = base + start, end - start
-            apply_segment(
-                row(x, first, n),
-                row(y, first, n),
-                part(residual, first, n),
-                mean_hi,
-                scale,
-                shift,
-                activation,
-            )
+            first = (r * cut.group + slot) * cut.inner + start
+            apply_run(cut, x, y, residual, first, n, mean_hi, scale, shift, activation)
+
+
+@helper
+def stretch(g, task):
+    """First segment, number of segments, first column and columns of a task that goes through memory in order."""
+    cut = unpack(g)
+    return block(task, cut.outer * cut.group, cut.inner, cut.rows, cut.cols)
+
+
+@helper
+def stretches(g):
+    """How many of them there are."""
+    cut = unpack(g)
+    return -(-cut.outer * cut.group // cut.rows) * -(-cut.inner // cut.cols)
+
+
+@helper
+def apply_stretch(g, x, y, task, mean, rstd, weight, bias, residual, activation):
+    """Normalize segments in the order in which they lie in memory."""
+    cut = unpack(g)
+    first_segment, count, c0, cols = stretch(g, task)
+    first_run, end_run = runs(c0, cols, cut.run)
+    for segment in range(first_segment, first_segment + count):
+        slot = segment % cut.group
+        for j in range(first_run, end_run):
+            mean_hi, scale, shift = run_affine(cut, x, slot, j, mean[slot], rstd[slot], weight, bias)
+            start, n = bounds(cut, j, c0, cols)
+            first = segment * cut.inner + start
+            apply_run(cut, x, y, residual, first, n, mean_hi, scale, shift, activation)
 
 
 @reduction
@@ -239,18 +299,19 @@ def chunk_grad_sums(g, x, dy, slot, chunk, mean, rstd, weight, bias, residual, a
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
     for j in range(first_run, end_run):
-        p = slot % cut.period * cut.width + j
-        _, scale, shift = affine(mean, rstd, parameter(weight, p, 1.0), parameter(bias, p, 0.0), x)
-        start, end = max(c0, j * cut.run), min(c0 + cols, (j + 1) * cut.run)
+        _, scale, shift = run_affine(cut, x, slot, j, mean, rstd, weight, bias)
+        start, size = bounds(cut, j, c0, cols)
         a = a_rest = b = b_rest = 0.0
         for r in range(r0, r0 + rows):
             base = (r * cut.group + slot) * cut.inner
-            for i in range(start, end, piece(x)):
-                stop = min(i + piece(x), end)
-                first, n = base + i, stop - i
+            for i in range(start, start + size, piece(x)):
+                first, n = base + i, min(piece(x), start + size - i)
+                if cut.ahead > 0:
+                    fetch(x, first + cut.ahead, n)
+                    fetch(dy, first + cut.ahead, n)
                 x_piece, dz_piece = summands(
                     row(x, first, n), row(dy, first, n), part(residual, first, n),
-                    positions(own_weights, cut, r, j, i, stop), mean_hi, scale, shift, activation, own_room,
+                    positions(own_weights, cut, r, j, i, n), mean_hi, scale, shift, activation, own_room,
                 )  # fmt: skip
                 piece_a, piece_b = piece_grad_sums(x_piece, dz_piece, mean_hi, hat_scale)
                 a, a_rest = add(a, a_rest, piece_a)
@@ -295,49 +356,72 @@ def input_grad_segment(
 
 
 @helper
-def input_grad_chunk(
-    g, x, dy, dx, dresidual, slot, chunk, mean, rstd, weight, bias, residual, activation, weights,
-    sum_dz, sum_dz_x_hat, count, counts, constant,
-):  # fmt: skip
-    """Dx of one chunk of a slot, run by run, from the sums over all of its runs; backwards as `apply_chunk`."""
+def slot_terms(g, x, slot, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, constant, terms):
+    """Write what dx of a slot is computed from: mean, rstd, slope, offset and the factor of the gain."""
     cut = unpack(g)
     first = slot % cut.period * cut.width
     sum_g, sum_g_x_hat = weighted(weight, first, sum_dz, slot), weighted(weight, first, sum_dz_x_hat, slot)
-    mean_hi, hat_scale, _ = affine(mean, rstd, 1.0, 0.0, x)
     n = slot_count(count, counts, slot, cut.period)
-    slope, offset, factor = gradient_terms(
+    terms[0], terms[1], _ = affine(mean, rstd, 1.0, 0.0, x)
+    terms[2], terms[3], terms[4] = gradient_terms(
         mean, rstd, sum_g, sum_g_x_hat, n, True, constant, weights is not None, x
     )
-    own_weights = entry(weights, slot // cut.period)
+
+
+@helper
+def input_grad_run(
+    cut, x, dy, dx, dresidual, slot, r, j, start, n, mean, rstd, weight, bias, residual, activation, weights, terms,
+    constant,
+):  # fmt: skip
+    """Dx of the columns of one run in one segment, by the terms of its slot."""
+    _, scale, shift = run_affine(cut, x, slot, j, mean, rstd, weight, bias)
+    gain = rounded(terms[4] * parameter(weight, slot % cut.period * cut.width + j, 1.0), x)
+    mean_hi, hat_scale = rounded(terms[0], x), rounded(terms[1], x)
+    i = (r * cut.group + slot) * cut.inner + start
+    if cut.claim > 0:
+        claim(dx, i + cut.claim, n)
+    arrays = (row(x, i, n), row(dy, i, n), row(dx, i, n), part(dresidual, i, n), part(residual, i, n))
+    own = (positions(entry(weights, slot // cut.period), cut, r, j, start, n), mean_hi, hat_scale)
+    if constant:
+        input_grad_segment(*arrays, *own, None, None, gain, scale, shift, activation)
+    else:
+        slope, offset = rounded(terms[2], x), rounded(terms[3], x)
+        input_grad_segment(*arrays, *own, slope, offset, gain, scale, shift, activation)
+
+
+@helper
+def input_grad_chunk(
+    g, x, dy, dx, dresidual, slot, chunk, mean, rstd, weight, bias, residual, activation, weights, terms
+):
+    """Dx of one chunk of a slot, run by run, backwards as `apply_chunk`."""
+    cut = unpack(g)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
     for j in range(first_run, end_run):
-        w, b = parameter(weight, first + j, 1.0), parameter(bias, first + j, 0.0)
-        gain = rounded(factor * w, x)
-        _, scale, shift = affine(mean, rstd, w, b, x)
-        start, end = max(c0, j * cut.run), min(c0 + cols, (j + 1) * cut.run)
+        start, n = bounds(cut, j, c0, cols)
         for r in range(r0 + rows - 1, r0 - 1, -1):
-            base = (r * cut.group + slot) * cut.inner
-            i, n = base + start, end - start
-            arrays = (row(x, i, n), row(dy, i, n), row(dx, i, n), part(dresidual, i, n), part(residual, i, n))
-            segment_weights = positions(own_weights, cut, r, j, start, end)
-            if constant:
-                input_grad_segment(
-                    *arrays, segment_weights, mean_hi, hat_scale, None, None, gain, scale, shift, activation
-                )
-            else:
-                input_grad_segment(
-                    *arrays,
-                    segment_weights,
-                    mean_hi,
-                    hat_scale,
-                    slope,
-                    offset,
-                    gain,
-                    scale,
-                    shift,
-                    activation,
-                )
+            input_grad_run(
+                cut, x, dy, dx, dresidual, slot, r, j, start, n, mean, rstd, weight, bias, residual, activation,
+                weights, terms, False,
+            )  # fmt: skip
+
+
+@helper
+def input_grad_stretch(
+    g, x, dy, dx, dresidual, task, mean, rstd, weight, bias, residual, activation, weights, terms, constant
+):
+    """Dx of segments in the order in which they lie in memory."""
+    cut = unpack(g)
+    first, count, c0, cols = stretch(g, task)
+    first_run, end_run = runs(c0, cols, cut.run)
+    for segment in range(first, first + count):
+        r, slot = segment // cut.group, segment % cut.group
+        for j in range(first_run, end_run):
+            start, n = bounds(cut, j, c0, cols)
+            input_grad_run(
+                cut, x, dy, dx, dresidual, slot, r, j, start, n, mean[slot], rstd[slot], weight, bias, residual,
+                activation, weights, terms[slot], constant,
+            )  # fmt: skip
 
 
 @Twins
@@ -359,12 +443,9 @@ def moments_kernel(g, x, weights, mean, m2):
 
 @Twins
 def apply_kernel(g, x, y, mean, rstd, weight, bias, residual, activation):
-    """One chunk per task; reads x and writes y once."""
-    cut = unpack(g)
-    group, chunks = cut.group, cut.chunks
-    for task in prange(group * chunks):
-        k = task // chunks
-        apply_chunk(g, x, y, k, task % chunks, mean[k], rstd[k], weight, bias, residual, activation)
+    """One stretch of memory per task; reads x and writes y once."""
+    for task in prange(stretches(g)):
+        apply_stretch(g, x, y, task, mean, rstd, weight, bias, residual, activation)
 
 
 @Twins
@@ -422,15 +503,43 @@ def input_grad_kernel(
     g, x, dy, dx, dresidual, mean, rstd, weight, bias, residual, activation, weights, sum_dz, sum_dz_x_hat,
     count, counts, constant,
 ):  # fmt: skip
-    """One chunk per task; reads x and dy and writes dx once."""
-    cut = unpack(g)
-    chunks = cut.chunks
-    for task in prange(cut.group * chunks):
-        k = task // chunks
-        input_grad_chunk(
-            g, x, dy, dx, dresidual, k, task % chunks, mean[k], rstd[k], weight, bias, residual, activation,
-            weights, sum_dz, sum_dz_x_hat, count, counts, constant,
-        )  # fmt: skip
+    """One stretch of memory per task; reads x and dy and writes dx once."""
+    group = unpack(g).group
+    terms = np.empty((group, 5))
+    for k in prange(group):
+        slot_terms(
+            g,
+            x,
+            k,
+            mean[k],
+            rstd[k],
+            weight,
+            weights,
+            sum_dz,
+            sum_dz_x_hat,
+            count,
+            counts,
+            constant,
+            terms[k],
+        )
+    for task in prange(stretches(g)):
+        input_grad_stretch(
+            g,
+            x,
+            dy,
+            dx,
+            dresidual,
+            task,
+            mean,
+            rstd,
+            weight,
+            bias,
+            residual,
+            activation,
+            weights,
+            terms,
+            constant,
+        )
 
 
 @Twins
@@ -441,15 +550,18 @@ def backward_kernel(
     """One slot per task: its sums, then its dx from cache."""
     cut = unpack(g)
     chunks = cut.chunks
-    sums = np.zeros((cut.group, 4, cut.width))
+    sums, terms = np.zeros((cut.group, 4, cut.width)), np.empty((cut.group, 5))
     for k in prange(cut.group):
         for chunk in range(chunks):
             chunk_grad_sums(
                 g, x, dy, k, chunk, mean[k], rstd[k], weight, bias, residual, activation, weights, sums[k]
             )
         settle(sums[k], sum_dz[k], sum_dz_x_hat[k])
+        slot_terms(
+            g, x, k, mean[k], rstd[k], weight, weights, sum_dz, sum_dz_x_hat, count, counts, False, terms[k]
+        )
         for chunk in range(chunks - 1, -1, -1):
             input_grad_chunk(
-                g, x, dy, dx, dresidual, k, chunk, mean[k], rstd[k], weight, bias, residual, activation,
-                weights, sum_dz, sum_dz_x_hat, count, counts, False,
+                g, x, dy, dx, dresidual, k, chunk, mean[k], rstd[k], weight, bias, residual, activation, weights,
+                terms[k],
             )  # fmt: skip

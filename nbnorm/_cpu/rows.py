@@ -65,7 +65,7 @@ def geometry(view: View, masked: bool = False) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def fused(view: View, threads: int, masked: bool = False) -> bool:
+def fused(view: View, threads: int, masked: bool = False, backward: bool = False) -> bool:
     """Whether whole bands keep the threads busy."""
     return balanced(Cut(*geometry(view)).bands, threads)
 
