@@ -28,7 +28,7 @@ SMALL = PARALLEL_MIN  # elements
 ROUNDS = {True: 10, False: 50}  # quick or not
 FEWEST = 5  # rounds
 ROUNDINGS = 64
-PLAIN_ROUNDINGS = 1024  # NumPy and PyTorch add up long columns in float32 as they come
+PLAIN_ROUNDINGS = 1 << 14  # NumPy and PyTorch add up long columns in float32 as they come
 
 Call = Callable[[], Any]
 Calls = Mapping[

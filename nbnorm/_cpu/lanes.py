@@ -9,7 +9,7 @@ import numpy as np
 
 from nbnorm._activation import activate, activation_gradient
 from nbnorm._cpu.halves import narrow, widen
-from nbnorm._cpu.launch import helper, reduction
+from nbnorm._cpu.launch import helper, inlined, reduction
 from nbnorm._cpu.tiles import before_activation
 from nbnorm._math import input_gradient, rounded, standardize
 
@@ -46,7 +46,7 @@ def row_weight(weights, r):
     return 1.0 if weights is None else np.float64(weights[r])
 
 
-@helper
+@inlined
 def apply_row(x, y, residual, mean_hi, scale, shift, activation):
     """Normalize one row of lanes."""
     for i in range(x.shape[0]):
@@ -54,7 +54,7 @@ def apply_row(x, y, residual, mean_hi, scale, shift, activation):
         y[i] = narrow(activate(z, activation), y)
 
 
-@helper
+@inlined
 def input_grad_row(
     x, dy, dx, dresidual, residual, w, mean_hi, rstd, slope, offset, gain, scale, shift, activation
 ):  # fmt: skip

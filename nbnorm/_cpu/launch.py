@@ -19,6 +19,8 @@ PARALLEL_MIN = 32768
 _OUTER: dict[str, Any] = {"error_model": "numpy", "no_cfunc_wrapper": True, "nogil": True}
 
 helper = njit(**INNER)
+# For a loop over so few elements that handing over its arrays, seven words each, would take as long.
+inlined = njit(**INNER, forceinline=True)
 # Sums side by side: a product and the sum it enters may be rounded once.
 contracted = njit(**INNER, fastmath={"contract"})
 # The least that lets LLVM vectorize a sum; NaN and Inf keep their meaning.

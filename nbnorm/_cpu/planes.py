@@ -20,7 +20,7 @@ from numba import prange
 
 from nbnorm._activation import activate, activation_gradient
 from nbnorm._cpu.halves import narrow, widen
-from nbnorm._cpu.launch import Twins, balanced, helper, reduction
+from nbnorm._cpu.launch import Twins, balanced, helper, inlined, reduction
 from nbnorm._cpu.memory import claim, fetch, row
 from nbnorm._cpu.tiles import (
     CHUNK,
@@ -330,7 +330,7 @@ def settle(sums, sum_dz, sum_dz_x_hat):
         sum_dz_x_hat[j] = settled(sums[2, j], sums[3, j])
 
 
-@helper
+@inlined
 def input_grad_segment(
     x, dy, dx, dresidual, residual, weights, mean_hi, hat_scale, slope, offset, gain, scale, shift, activation
 ):  # fmt: skip
@@ -369,24 +369,34 @@ def slot_terms(g, x, slot, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, co
 
 
 @helper
-def input_grad_run(
-    cut, x, dy, dx, dresidual, slot, r, j, start, n, mean, rstd, weight, bias, residual, activation, weights, terms,
-    constant,
-):  # fmt: skip
-    """Dx of the columns of one run in one segment, by the terms of its slot."""
+def run_terms(cut, x, slot, j, mean, rstd, weight, bias, terms):
+    """Coefficients for dx of one run: those of its slot, the gain, and scale and shift of `normalize`."""
     _, scale, shift = run_affine(cut, x, slot, j, mean, rstd, weight, bias)
-    gain = rounded(terms[4] * parameter(weight, slot % cut.period * cut.width + j, 1.0), x)
-    mean_hi, hat_scale = rounded(terms[0], x), rounded(terms[1], x)
-    i = (r * cut.group + slot) * cut.inner + start
+    gain = terms[4] * parameter(weight, slot % cut.period * cut.width + j, 1.0)
+    return (
+        rounded(terms[0], x), rounded(terms[1], x), rounded(terms[2], x), rounded(terms[3], x), rounded(gain, x),
+        scale, shift,
+    )  # fmt: skip
+
+
+@inlined
+def input_grad_run(cut, x, dy, dx, dresidual, residual, activation, weights, i, n, terms, constant):
+    """Dx of ``n`` neighbours of one run, by its terms, and claim what is written next."""
     if cut.claim > 0:
         claim(dx, i + cut.claim, n)
-    arrays = (row(x, i, n), row(dy, i, n), row(dx, i, n), part(dresidual, i, n), part(residual, i, n))
-    own = (positions(entry(weights, slot // cut.period), cut, r, j, start, n), mean_hi, hat_scale)
+    arrays = (
+        row(x, i, n),
+        row(dy, i, n),
+        row(dx, i, n),
+        part(dresidual, i, n),
+        part(residual, i, n),
+        weights,
+    )
+    mean_hi, hat_scale, slope, offset, gain, scale, shift = terms
     if constant:
-        input_grad_segment(*arrays, *own, None, None, gain, scale, shift, activation)
+        input_grad_segment(*arrays, mean_hi, hat_scale, None, None, gain, scale, shift, activation)
     else:
-        slope, offset = rounded(terms[2], x), rounded(terms[3], x)
-        input_grad_segment(*arrays, *own, slope, offset, gain, scale, shift, activation)
+        input_grad_segment(*arrays, mean_hi, hat_scale, slope, offset, gain, scale, shift, activation)
 
 
 @helper
@@ -397,13 +407,14 @@ def input_grad_chunk(
     cut = unpack(g)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
+    slot_weights = entry(weights, slot // cut.period)
     for j in range(first_run, end_run):
         start, n = bounds(cut, j, c0, cols)
+        own = run_terms(cut, x, slot, j, mean, rstd, weight, bias, terms)
         for r in range(r0 + rows - 1, r0 - 1, -1):
-            input_grad_run(
-                cut, x, dy, dx, dresidual, slot, r, j, start, n, mean, rstd, weight, bias, residual, activation,
-                weights, terms, False,
-            )  # fmt: skip
+            i = (r * cut.group + slot) * cut.inner + start
+            own_weights = positions(slot_weights, cut, r, j, start, n)
+            input_grad_run(cut, x, dy, dx, dresidual, residual, activation, own_weights, i, n, own, False)
 
 
 @helper
@@ -416,12 +427,13 @@ def input_grad_stretch(
     first_run, end_run = runs(c0, cols, cut.run)
     for segment in range(first, first + count):
         r, slot = segment // cut.group, segment % cut.group
+        slot_weights = entry(weights, slot // cut.period)
         for j in range(first_run, end_run):
             start, n = bounds(cut, j, c0, cols)
-            input_grad_run(
-                cut, x, dy, dx, dresidual, slot, r, j, start, n, mean[slot], rstd[slot], weight, bias, residual,
-                activation, weights, terms[slot], constant,
-            )  # fmt: skip
+            own = run_terms(cut, x, slot, j, mean[slot], rstd[slot], weight, bias, terms[slot])
+            own_weights = positions(slot_weights, cut, r, j, start, n)
+            i = segment * cut.inner + start
+            input_grad_run(cut, x, dy, dx, dresidual, residual, activation, own_weights, i, n, own, constant)
 
 
 @Twins
