@@ -15,7 +15,7 @@ from numba import prange
 
 from nbnorm._cpu.halves import computing, narrow, widen
 from nbnorm._cpu.lanes import fill
-from nbnorm._cpu.launch import Twins, balanced, flat, helper, kernel, line, reduction, threads_for
+from nbnorm._cpu.launch import Twins, balanced, flat, helper, inlined, kernel, line, reduction, threads_for
 from nbnorm._cpu.memory import row
 from nbnorm._cpu.tiles import CHUNK, add_rows, entry, line_moments, part, piece, settle_rows
 from nbnorm._math import (
@@ -141,7 +141,7 @@ def chunk_grad_sums(g, x, dy, r, chunk, mean, rstd, weight):
     return sum_g, recentered(sum_g_x_hat, sum_g, mean, mean_hi, rstd)
 
 
-@helper
+@inlined
 def input_grad_line(x, dy, dx, weight, mean_hi, rstd, slope, offset, gain):
     """Dx of neighbours that share statistics."""
     for i in range(x.shape[0]):
@@ -152,7 +152,7 @@ def input_grad_line(x, dy, dx, weight, mean_hi, rstd, slope, offset, gain):
         dx[i] = narrow(input_gradient(g, x_hat, slope, offset, gain), dx)
 
 
-@helper
+@inlined
 def parameter_grad_line(x, dy, mean_hi, rstd, rest, sum_dz, sum_dz_x_hat):
     """Add the row's terms to the parameters' gradients."""
     for i in range(x.shape[0]):
