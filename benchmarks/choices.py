@@ -1,7 +1,7 @@
 """What stands behind choices of the package that no other benchmark shows: `python -m benchmarks.choices`.
 
-Chunks of columns (`nbnorm/_cpu/grid.py`); along segments (`nbnorm/_cpu/planes.py`) fetching ahead, and one kernel or
-two.
+Chunks of columns (`nbnorm/_cpu/grid.py`); along segments (`nbnorm/_cpu/planes.py`) slots of one walk, and one
+kernel or two.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ def chunks() -> None:
     show(f"chunks for the moments of {x.shape}", calls)
 
 
-def ahead() -> None:
-    """Moments with and without fetching the next slot's segments."""
+def together() -> None:
+    """Moments of more and more neighbouring slots in one walk."""
     for shape in SEGMENTS:
         x = batch(Case("batch", shape)).x
         view = batch_view(x.shape, x.strides, x.itemsize, 1)
         assert view is not None
         mean, m2 = np.empty((2, shape[1]))
         calls = {}
-        for name, distance in (("no", 0), ("yes", view.inner)):
-            cut = planes.Cut(*(int(n) for n in planes.geometry(view)))._replace(ahead=distance)
-            calls[name] = partial(planes.moments_kernel, 2, np.array(cut), x.reshape(-1), None, mean, m2)
-        show(f"fetching ahead for the moments of {shape}", calls)
+        for slots in (1, shape[1] // 32, shape[1] // 16, shape[1] // 8, shape[1] // 4):
+            cut = planes.Cut(*(int(n) for n in planes.geometry(view)))._replace(slots=slots)
+            calls[slots] = partial(planes.moments_kernel, 2, np.array(cut), x.reshape(-1), None, mean, m2)
+        show(f"slots of one walk for the moments of {shape}", calls)
 
 
 def kernels() -> None:
@@ -94,5 +94,5 @@ def kernels() -> None:
 
 if __name__ == "__main__":
     chunks()
-    ahead()
+    together()
     kernels()

@@ -1,13 +1,15 @@
 """Walk along segments: a slot is ``outer`` segments of ``inner`` neighbours, ``run`` of which share a parameter.
 
 The fused kernels take a slot per task, whose second pass finds it in cache (forward: 1 read + 1 write of
-the tensor, backward: 2 reads + 1 write). Few or uneven slots are split into chunks instead, one kernel
-per pass. Chunks and tiles are blocks of whole segments or parts of one, cut by the shape alone.
+the tensor, backward: 2 reads + 1 write). Large arrays of scattered slots, and few or uneven slots, have one kernel per
+pass instead, which goes through memory in order. Chunks and tiles, blocks of whole segments or parts of one, are cut by
+the shape alone, and so are sums: both ways give the same bits.
 
-Second passes walk backwards, into what has been read last: a quarter less time on tensors of 1 to 6 MB (Zen 3, two
-cores, 512 KB of second-level cache). Tried and left out there: prefetching the next segment saved 3 to 6 % of a reading
-pass alone; dx streamed past the caches (non-temporal stores from a buffer of 256) took as long at 25 MB, a sixth
-longer at 50 MB and a twelfth less at 100 MB.
+Second passes of fused kernels walk backwards, into what has been read last: a quarter less time on tensors of 1 to 6 MB
+(Zen 3, two cores, 512 KB of second-level cache; no difference on Zen 4). Tried and left out: fetching the next segment
+ahead (3 to 6 % of a reading pass on Zen 3, nothing on Zen 4); fetching the next slot ahead (a third of a fused reading
+pass of 14 x 14 on Zen 4, no more than walking along memory); dx streamed past the caches (as long at 25 MB, a sixth
+longer at 50 MB and a twelfth less at 100 MB on Zen 3; 8 GB/s and thread on Zen 4, half of what plain stores do).
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from numba import prange
 
 from nbnorm._activation import activate, activation_gradient
 from nbnorm._cpu.halves import narrow, widen
+from nbnorm._cpu.lanes import fill
 from nbnorm._cpu.launch import Twins, balanced, helper, inlined, reduction
-from nbnorm._cpu.memory import claim, fetch, row
+from nbnorm._cpu.memory import row
 from nbnorm._cpu.tiles import (
     CHUNK,
     PIECE,
@@ -54,16 +57,17 @@ from nbnorm._math import (
 )
 from nbnorm._view import View
 
-# Thresholds in elements, for float32, from benchmarks/choices.py on an AMD EPYC (Zen 4, two cores, 1 MB of second-level
-# and 32 MB of last-level cache). Between these two, forward passes by two kernels, the second of which goes through
-# memory in order and finds x in the last-level cache, take a tenth to a quarter less than by a fused one.
+# Elements from which on two kernels take less time than a fused one, whose walk from segment to segment of one slot
+# does not suit caches: forward a tenth to a third less. Backward, which has more to read again, up to a quarter, for
+# segments that are SHORT and up to SHARED elements (benchmarks/choices.py; AMD EPYC, Zen 4, two cores, 1 MB of
+# second-level and 32 MB of last-level cache).
 SPLIT = 1 << 20
 SHARED = 1 << 23
-# From FAR on, while a slot has up to NEAR, the next slot's segments, which lie behind those of this one, are fetched
-# ahead: a fifth to a third of the time of a reading pass. If segments are SHORT, the lines that are written are, too.
-FAR = 3 << 21
-NEAR = 1 << 15
-SHORT = 512
+SHORT = 2048
+# A reading pass of its own goes through neighbouring slots together, up to this many elements: a fifth to a third less
+# time than slot by slot. There remain some tasks for the threads to share.
+TOGETHER = 1 << 16
+TASKS = 8
 
 
 class Cut(NamedTuple):
@@ -78,8 +82,7 @@ class Cut(NamedTuple):
     rows: int
     cols: int
     chunks: int
-    ahead: int  # how far to fetch ahead what is read, and below what is written; 0: not at all
-    claim: int
+    slots: int  # neighbours that one task of a reading pass goes through together
 
 
 @lru_cache(maxsize=4096)
@@ -91,21 +94,22 @@ def geometry(view: View, masked: bool = False) -> np.ndarray:
     rows, cols = (1, CHUNK) if view.inner > CHUNK else (max(1, CHUNK // view.inner), view.inner)
     chunks = -(-view.outer // rows) * -(-view.inner // cols)
     rule = (view.period, view.width, view.run)
-    ahead = view.inner if view.size >= FAR and view.outer * view.inner <= NEAR else 0
-    claim = ahead if view.inner <= SHORT else 0
-    return np.array(Cut(view.outer, view.group, view.inner, *rule, rows, cols, chunks, ahead, claim))
+    slots = max(1, min(TOGETHER // max(view.inner, 1), view.group // TASKS)) if view.outer > 1 else 1
+    return np.array(Cut(view.outer, view.group, view.inner, *rule, rows, cols, chunks, slots))
 
 
 def fused(view: View, threads: int, masked: bool = False, backward: bool = False) -> bool:
     """Whether one kernel should do both passes: whole slots keep the threads busy, and its walk costs little."""
-    scattered = view.outer > 1 and SPLIT <= view.size <= SHARED and not backward
+    scattered = view.outer > 1 and view.size >= SPLIT
+    if backward:
+        scattered = scattered and view.size <= SHARED and view.inner <= SHORT
     return balanced(view.slots, threads) and not scattered
 
 
 @helper
 def unpack(g):
     """Name the integers of a geometry."""
-    return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10])
+    return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9])
 
 
 @helper
@@ -117,29 +121,41 @@ def block(index, outer, inner, rows, cols):
 
 
 @helper
-def chunk_moments(g, x, weights, slot, chunk):
-    """Count, mean and m2 of one chunk of a slot: its tiles merged in order."""
-    if weights is not None:
-        return counted_chunk_moments(g, x, entry(weights, slot // unpack(g).period), slot, chunk)
+def chunk_moments(g, x, weights, slot, slots, chunk, moments):
+    """Count, mean and m2 of one chunk of each of some neighbouring slots: its tiles merged in order.
+
+    The walk is along memory, so that all slots take part in turn.
+    """
     cut = unpack(g)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
+    if weights is not None:
+        for k in range(slot, slot + slots):
+            own = moments[k * cut.chunks + chunk]
+            slot_weights = entry(weights, k // cut.period)
+            own[0], own[1], own[2] = counted_chunk_moments(cut, x, slot_weights, k, r0, rows, c0, cols)
+        return
+    for k in range(slot, slot + slots):
+        fill(moments[k * cut.chunks + chunk], 0.0)
     tile_rows, tile_cols = max(1, min(rows, TILE // cols)), min(cols, TILE)
-    n = mean = m2 = rest = 0.0
-    for tile in range(-(-rows // tile_rows) * -(-cols // tile_cols)):
-        r, height, c, width = block(tile, rows, cols, tile_rows, tile_cols)
-        first = ((r0 + r) * cut.group + slot) * cut.inner + c0 + c
-        tile_n, tile_mean, tile_m2 = tile_moments(
-            x, None, first, cut.group * cut.inner, height, width, cut.ahead
-        )
-        n, mean, m2, rest = accumulate(n, mean, m2, rest, tile_n, tile_mean, tile_m2)
-    return n, mean, settled(m2, rest)
+    stride = cut.group * cut.inner
+    for r in range(0, rows, tile_rows):
+        height = min(tile_rows, rows - r)
+        for k in range(slot, slot + slots):
+            first, own = ((r0 + r) * cut.group + k) * cut.inner + c0, moments[k * cut.chunks + chunk]
+            n, mean, m2, rest = own[0], own[1], own[2], own[3]
+            for c in range(0, cols, tile_cols):
+                width = min(tile_cols, cols - c)
+                tile_n, tile_mean, tile_m2 = tile_moments(x, None, first + c, stride, height, width)
+                n, mean, m2, rest = accumulate(n, mean, m2, rest, tile_n, tile_mean, tile_m2)
+            own[0], own[1], own[2], own[3] = n, mean, m2, rest
+    for k in range(slot, slot + slots):
+        own = moments[k * cut.chunks + chunk]
+        own[2] = settled(own[2], own[3])
 
 
 @helper
-def counted_chunk_moments(g, x, weights, slot, chunk):
-    """`chunk_moments` with the weights of the slot's positions: a segment of a run at a time."""
-    cut = unpack(g)
-    r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
+def counted_chunk_moments(cut, x, weights, slot, r0, rows, c0, cols):
+    """`chunk_moments` of one slot with the weights of its positions: a segment of a run at a time."""
     first_run, end_run = runs(c0, cols, cut.run)
     n = mean = m2 = rest = 0.0
     for j in range(first_run, end_run):
@@ -151,6 +167,16 @@ def counted_chunk_moments(g, x, weights, slot, chunk):
                 row(x, base + start, end - start), segment_weights, True
             )
             n, mean, m2, rest = accumulate(n, mean, m2, rest, part_n, part_mean, part_m2)
+    return n, mean, settled(m2, rest)
+
+
+@helper
+def slot_moments(g, slot, moments):
+    """Merge the chunks of a slot, in order: count, mean and m2."""
+    chunks = unpack(g).chunks
+    n = mean = m2 = rest = 0.0
+    for i in range(slot * chunks, (slot + 1) * chunks):
+        n, mean, m2, rest = accumulate(n, mean, m2, rest, moments[i, 0], moments[i, 1], moments[i, 2])
     return n, mean, settled(m2, rest)
 
 
@@ -190,9 +216,7 @@ def bounds(cut, j, c0, cols):
 
 @helper
 def apply_run(cut, x, y, residual, first, n, mean_hi, scale, shift, activation):
-    """Normalize neighbours that share their coefficients, and claim what is written next."""
-    if cut.claim > 0:
-        claim(y, first + cut.claim, n)
+    """Normalize neighbours that share their coefficients."""
     own_residual = part(residual, first, n)
     apply_segment(row(x, first, n), row(y, first, n), own_residual, mean_hi, scale, shift, activation)
 
@@ -290,44 +314,54 @@ def computed_summands(x, dy, residual, weights, mean_hi, scale, shift, activatio
 
 
 @helper
-def chunk_grad_sums(g, x, dy, slot, chunk, mean, rstd, weight, bias, residual, activation, weights, sums):
-    """Add the sums of dz and of dz * x_hat over one chunk of a slot to those of its runs: total, rest, of each."""
+def chunk_grad_sums(
+    g, x, dy, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums
+):
+    """Sums of dz and of dz * x_hat over one chunk of each of some slots, by run: total, rest, of each.
+
+    The walk is that of `chunk_moments`.
+    """
     cut = unpack(g)
-    mean_hi, hat_scale, _ = affine(mean, rstd, 1.0, 0.0, x)
-    own_weights = entry(weights, slot // cut.period)
     own_room = room((2, PIECE), x, weights, activation)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
     for j in range(first_run, end_run):
-        _, scale, shift = run_affine(cut, x, slot, j, mean, rstd, weight, bias)
         start, size = bounds(cut, j, c0, cols)
-        a = a_rest = b = b_rest = 0.0
         for r in range(r0, r0 + rows):
-            base = (r * cut.group + slot) * cut.inner
-            for i in range(start, start + size, piece(x)):
-                first, n = base + i, min(piece(x), start + size - i)
-                if cut.ahead > 0:
-                    fetch(x, first + cut.ahead, n)
-                    fetch(dy, first + cut.ahead, n)
-                x_piece, dz_piece = summands(
-                    row(x, first, n), row(dy, first, n), part(residual, first, n),
-                    positions(own_weights, cut, r, j, i, n), mean_hi, scale, shift, activation, own_room,
-                )  # fmt: skip
-                piece_a, piece_b = piece_grad_sums(x_piece, dz_piece, mean_hi, hat_scale)
-                a, a_rest = add(a, a_rest, piece_a)
-                b, b_rest = add(b, b_rest, piece_b)
-        a = settled(a, a_rest)
-        b = recentered(settled(b, b_rest), a, mean, mean_hi, rstd)
-        sums[0, j], sums[1, j] = add(sums[0, j], sums[1, j], a)
-        sums[2, j], sums[3, j] = add(sums[2, j], sums[3, j], b)
+            for k in range(slot, slot + slots):
+                mean_hi, hat_scale, _ = affine(mean[k], rstd[k], 1.0, 0.0, x)
+                _, scale, shift = run_affine(cut, x, k, j, mean[k], rstd[k], weight, bias)
+                slot_weights, own = entry(weights, k // cut.period), sums[k * cut.chunks + chunk]
+                a, a_rest, b, b_rest = own[0, j], own[1, j], own[2, j], own[3, j]
+                base = (r * cut.group + k) * cut.inner
+                for i in range(start, start + size, piece(x)):
+                    first, n = base + i, min(piece(x), start + size - i)
+                    x_piece, dz_piece = summands(
+                        row(x, first, n), row(dy, first, n), part(residual, first, n),
+                        positions(slot_weights, cut, r, j, i, n), mean_hi, scale, shift, activation, own_room,
+                    )  # fmt: skip
+                    piece_a, piece_b = piece_grad_sums(x_piece, dz_piece, mean_hi, hat_scale)
+                    a, a_rest = add(a, a_rest, piece_a)
+                    b, b_rest = add(b, b_rest, piece_b)
+                own[0, j], own[1, j], own[2, j], own[3, j] = a, a_rest, b, b_rest
+        for k in range(slot, slot + slots):
+            own = sums[k * cut.chunks + chunk]
+            mean_hi, _, _ = affine(mean[k], rstd[k], 1.0, 0.0, x)
+            a = settled(own[0, j], own[1, j])
+            b = recentered(settled(own[2, j], own[3, j]), a, mean[k], mean_hi, rstd[k])
+            own[0, j], own[1, j], own[2, j], own[3, j] = a, 0.0, b, 0.0
 
 
 @helper
-def settle(sums, sum_dz, sum_dz_x_hat):
-    """Write a slot's sums out with what rounding has left out of them."""
-    for j in range(sum_dz.shape[0]):
-        sum_dz[j] = settled(sums[0, j], sums[1, j])
-        sum_dz_x_hat[j] = settled(sums[2, j], sums[3, j])
+def slot_sums(g, slot, sums, sum_dz, sum_dz_x_hat):
+    """Add up the chunks of a slot, in order, with what rounding leaves out."""
+    chunks, top = unpack(g).chunks, sums[slot * unpack(g).chunks]
+    for i in range(slot * chunks + 1, (slot + 1) * chunks):
+        add_rows(top[0], top[1], sums[i, 0])
+        add_rows(top[2], top[3], sums[i, 2])
+    for j in range(top.shape[1]):
+        sum_dz[slot, j] = settled(top[0, j], top[1, j])
+        sum_dz_x_hat[slot, j] = settled(top[2, j], top[3, j])
 
 
 @inlined
@@ -381,9 +415,7 @@ def run_terms(cut, x, slot, j, mean, rstd, weight, bias, terms):
 
 @inlined
 def input_grad_run(cut, x, dy, dx, dresidual, residual, activation, weights, i, n, terms, constant):
-    """Dx of ``n`` neighbours of one run, by its terms, and claim what is written next."""
-    if cut.claim > 0:
-        claim(dx, i + cut.claim, n)
+    """Dx of ``n`` neighbours of one run, by its terms."""
     arrays = (
         row(x, i, n),
         row(dy, i, n),
@@ -436,21 +468,24 @@ def input_grad_stretch(
             input_grad_run(cut, x, dy, dx, dresidual, residual, activation, own_weights, i, n, own, constant)
 
 
+@helper
+def neighbours(g, task):
+    """First slot, number of slots and chunk of a task of a reading pass."""
+    cut = unpack(g)
+    slot = task // cut.chunks * cut.slots
+    return slot, min(cut.slots, cut.group - slot), task % cut.chunks
+
+
 @Twins
 def moments_kernel(g, x, weights, mean, m2):
-    """One chunk per task, then the chunks of each slot in order; reads x once."""
+    """One chunk of some slots per task, then the chunks of each slot in order; reads x once."""
     cut = unpack(g)
-    group, chunks = cut.group, cut.chunks
-    part_moments = np.empty((group * chunks, 3))
-    for task in prange(group * chunks):
-        own = part_moments[task]
-        own[0], own[1], own[2] = chunk_moments(g, x, weights, task // chunks, task % chunks)
-    for slot in range(group):
-        n = slot_mean = slot_m2 = rest = 0.0
-        for i in range(slot * chunks, (slot + 1) * chunks):
-            own = part_moments[i]
-            n, slot_mean, slot_m2, rest = accumulate(n, slot_mean, slot_m2, rest, own[0], own[1], own[2])
-        mean[slot], m2[slot] = slot_mean, settled(slot_m2, rest)
+    moments = np.empty((cut.group * cut.chunks, 4))
+    for task in prange(-(-cut.group // cut.slots) * cut.chunks):
+        slot, slots, chunk = neighbours(g, task)
+        chunk_moments(g, x, weights, slot, slots, chunk, moments)
+    for slot in range(cut.group):
+        _, mean[slot], m2[slot] = slot_moments(g, slot, moments)
 
 
 @Twins
@@ -464,50 +499,31 @@ def apply_kernel(g, x, y, mean, rstd, weight, bias, residual, activation):
 def forward_kernel(g, x, y, weight, bias, residual, activation, weights, eps, mean, m2, rstd):
     """One slot per task: its moments, then its normalization from cache."""
     cut = unpack(g)
-    group, chunks = cut.group, cut.chunks
-    for slot in prange(group):
-        n = slot_mean = slot_m2 = rest = 0.0
+    chunks = cut.chunks
+    moments = np.empty((cut.group * chunks, 4))
+    for slot in prange(cut.group):
         for chunk in range(chunks):
-            part_n, part_mean, part_m2 = chunk_moments(g, x, weights, slot, chunk)
-            n, slot_mean, slot_m2, rest = accumulate(n, slot_mean, slot_m2, rest, part_n, part_mean, part_m2)
-        slot_m2 = settled(slot_m2, rest)
-        slot_rstd = reciprocal_std(slot_m2, n, eps)
-        mean[slot], m2[slot], rstd[slot] = slot_mean, slot_m2, slot_rstd
+            chunk_moments(g, x, weights, slot, 1, chunk, moments)
+        n, mean[slot], m2[slot] = slot_moments(g, slot, moments)
+        rstd[slot] = reciprocal_std(m2[slot], n, eps)
         for chunk in range(chunks - 1, -1, -1):
-            apply_chunk(g, x, y, slot, chunk, slot_mean, slot_rstd, weight, bias, residual, activation)
+            apply_chunk(g, x, y, slot, chunk, mean[slot], rstd[slot], weight, bias, residual, activation)
 
 
 @Twins
 def grad_sums_kernel(
     g, x, dy, mean, rstd, weight, bias, residual, activation, weights, sum_dz, sum_dz_x_hat
 ):  # fmt: skip
-    """One chunk per task, then the chunks of each slot in order; reads x and dy once."""
+    """One chunk of some slots per task, then the chunks of each slot in order; reads x and dy once."""
     cut = unpack(g)
-    group, chunks = cut.group, cut.chunks
-    sums = np.zeros((group * chunks, 4, cut.width))
-    for task in prange(group * chunks):
-        k = task // chunks
+    sums = np.zeros((cut.group * cut.chunks, 4, cut.width))
+    for task in prange(-(-cut.group // cut.slots) * cut.chunks):
+        slot, slots, chunk = neighbours(g, task)
         chunk_grad_sums(
-            g,
-            x,
-            dy,
-            k,
-            task % chunks,
-            mean[k],
-            rstd[k],
-            weight,
-            bias,
-            residual,
-            activation,
-            weights,
-            sums[task],
+            g, x, dy, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums
         )
-    for slot in range(group):
-        first = slot * chunks
-        for task in range(first + 1, first + chunks):
-            add_rows(sums[first, 0], sums[first, 1], sums[task, 0])
-            add_rows(sums[first, 2], sums[first, 3], sums[task, 2])
-        settle(sums[first], sum_dz[slot], sum_dz_x_hat[slot])
+    for slot in range(cut.group):
+        slot_sums(g, slot, sums, sum_dz, sum_dz_x_hat)
 
 
 @Twins
@@ -562,13 +578,13 @@ def backward_kernel(
     """One slot per task: its sums, then its dx from cache."""
     cut = unpack(g)
     chunks = cut.chunks
-    sums, terms = np.zeros((cut.group, 4, cut.width)), np.empty((cut.group, 5))
+    sums, terms = np.zeros((cut.group * chunks, 4, cut.width)), np.empty((cut.group, 5))
     for k in prange(cut.group):
         for chunk in range(chunks):
             chunk_grad_sums(
-                g, x, dy, k, chunk, mean[k], rstd[k], weight, bias, residual, activation, weights, sums[k]
+                g, x, dy, k, 1, chunk, mean, rstd, weight, bias, residual, activation, weights, sums
             )
-        settle(sums[k], sum_dz[k], sum_dz_x_hat[k])
+        slot_sums(g, k, sums, sum_dz, sum_dz_x_hat)
         slot_terms(
             g, x, k, mean[k], rstd[k], weight, weights, sum_dz, sum_dz_x_hat, count, counts, False, terms[k]
         )

@@ -12,7 +12,7 @@ import numpy as np
 
 from nbnorm._cpu.halves import scratch, widen
 from nbnorm._cpu.launch import helper, reduction
-from nbnorm._cpu.memory import fetch, row
+from nbnorm._cpu.memory import row
 from nbnorm._math import accumulate, add, by_type, is_none, normalize, rounded, settled
 
 # Values summed in the array's own type before float64 takes over: with 32 or more SIMD accumulators no chain
@@ -175,10 +175,10 @@ def corrected(mean, total, squares, n):
 
 
 @helper
-def tile_moments(x, weights, first, stride, rows, n, ahead):
+def tile_moments(x, weights, first, stride, rows, n):
     """Count, mean and m2 of ``rows`` segments of ``n`` neighbours, ``stride`` apart, in one pass of shifted sums.
 
-    Weights are those of a single segment. What lies ``ahead`` elements away is fetched, unless that is 0.
+    Weights are those of a single segment.
     """
     shift = nearby(row(x, first, n)) if weights is None else nearby_counted(row(x, first, n), weights)
     count = total = squares = 0.0
@@ -186,8 +186,6 @@ def tile_moments(x, weights, first, stride, rows, n, ahead):
         start = first + r * stride
         for i in range(0, n, piece(x)):
             size = min(piece(x), n - i)
-            if ahead > 0:
-                fetch(x, start + i + ahead, size)
             c, a, b = shifted_sums(row(x, start + i, size), part(weights, i, size), shift)
             count += c
             total += a
@@ -208,7 +206,7 @@ def line_moments(x, weights, centered):
         size = min(TILE, x.shape[0] - i)
         tile_n, tile_mean, tile_m2 = np.float64(size), 0.0, 0.0
         if centered:
-            tile_n, tile_mean, tile_m2 = tile_moments(x, part(weights, i, size), i, 0, 1, size, 0)
+            tile_n, tile_mean, tile_m2 = tile_moments(x, part(weights, i, size), i, 0, 1, size)
         else:
             tile_m2 = tile_squares(row(x, i, size))
         n, mean, m2, rest = accumulate(n, mean, m2, rest, tile_n, tile_mean, tile_m2)
