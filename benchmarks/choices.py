@@ -1,7 +1,6 @@
 """What stands behind choices of the package that no other benchmark shows: `python -m benchmarks.choices`.
 
-Chunks of columns (`nbnorm/_cpu/grid.py`); along segments (`nbnorm/_cpu/planes.py`) slots of one walk, and one
-kernel or two.
+Chunks of columns (`nbnorm/_cpu/grid.py`), and slots that one task takes together (`nbnorm/_cpu/planes.py`).
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def chunks() -> None:
     x = batch(Case("batch", (65536, 64))).x
     view = batch_view(x.shape, x.strides, x.itemsize, 1)
     assert view is not None
-    cut = grid.Cut(*(int(n) for n in columns.geometry(view)))
+    cut = grid.Cut(*(int(n) for n in columns.geometry(view, 2)))
     mean, m2 = np.empty((2, 64))
     calls = {}
     for wanted in (16, 8, 32, 64, 128):
@@ -56,43 +55,33 @@ def chunks() -> None:
 
 
 def together() -> None:
-    """Moments of more and more neighbouring slots in one walk."""
-    for shape in SEGMENTS:
-        x = batch(Case("batch", shape)).x
-        view = batch_view(x.shape, x.strides, x.itemsize, 1)
-        assert view is not None
-        mean, m2 = np.empty((2, shape[1]))
-        calls = {}
-        for slots in (1, shape[1] // 32, shape[1] // 16, shape[1] // 8, shape[1] // 4):
-            cut = planes.Cut(*(int(n) for n in planes.geometry(view)))._replace(slots=slots)
-            calls[slots] = partial(planes.moments_kernel, 2, np.array(cut), x.reshape(-1), None, mean, m2)
-        show(f"slots of one walk for the moments of {shape}", calls)
-
-
-def kernels() -> None:
-    """Forward and backward passes by one kernel and by two."""
+    """Forward and backward passes that take more and more neighbouring slots together."""
     for shape in SEGMENTS:
         b = batch(Case("batch", shape))
+        view = batch_view(b.x.shape, b.x.strides, b.x.itemsize, 1)
+        assert view is not None
+        cut = planes.Cut(*(int(n) for n in planes.geometry(view, 2)))
         parameters = np.ones((2, shape[1]), np.float32)
         y, saved = nbnorm.batch_norm_forward(b.x, *parameters)
         out = nbnorm.batch_norm_backward(b.dy, saved)
 
-        def forward(fused: bool, x=b.x, parameters=parameters, y=y) -> None:
-            with patch.object(planes, "fused", lambda *arguments, **options: fused):
-                nbnorm.batch_norm_forward(x, *parameters, out=y)
+        def taking(call: Callable[[], object], slots: int, cut=cut) -> Callable[[], object]:
+            def run() -> None:
+                with patch.object(planes, "geometry", lambda *arguments: g):
+                    call()
 
-        def backward(fused: bool, b=b, saved=saved, out=out) -> None:
-            with patch.object(planes, "fused", lambda *arguments, **options: fused):
-                nbnorm.batch_norm_backward(b.dy, saved, out=out)
+            g = np.array(cut._replace(slots=slots))
+            return run
 
-        for call in (forward, backward):
-            calls = {"one": lambda call=call: call(True), "two": lambda call=call: call(False)}
+        forward = partial(nbnorm.batch_norm_forward, b.x, *parameters, out=y)
+        backward = partial(nbnorm.batch_norm_backward, b.dy, saved, out=out)
+        for name, call in (("forward", forward), ("backward", backward)):
+            calls = {slots: taking(call, slots) for slots in sorted({1, 2, 4, 8, 16, 32, cut.slots})}
             # Another call between them, as in a network: what a call leaves in the caches is not what it finds.
             calls["copy"] = lambda b=b, dx=out[0]: np.copyto(dx, b.dy)
-            show(f"kernels of {call.__name__} {shape}", calls)
+            show(f"slots together, {name} {shape}, chosen {cut.slots}", calls)
 
 
 if __name__ == "__main__":
     chunks()
     together()
-    kernels()

@@ -35,8 +35,9 @@ def moments(
     m2 = np.zeros(view.slots)
     mean = np.zeros(view.slots) if centered else None
     if view.size:
-        g = walk.geometry(view, mask is not None)
-        walk.moments_kernel(threads_for(view.size), g, flat(x), *_weights(view, mask), mean, m2)
+        threads = threads_for(view.size)
+        g = walk.geometry(view, threads, mask is not None)
+        walk.moments_kernel(threads, g, flat(x), *_weights(view, mask), mean, m2)
     return mean, m2
 
 
@@ -62,7 +63,8 @@ def apply(view: View, x: Array, y: Array, mean: Array | None, rstd: Array, epilo
     if view.size:
         walk = _TRAVERSALS[view.traversal]
         options = _flat_epilogue(view, epilogue)
-        walk.apply_kernel(threads_for(view.size), walk.geometry(view), flat(x), flat(y), mean, rstd, *options)
+        threads = threads_for(view.size)
+        walk.apply_kernel(threads, walk.geometry(view, threads), flat(x), flat(y), mean, rstd, *options)
 
 
 def _flat_epilogue(view: View, epilogue: Epilogue) -> tuple[Any, ...]:
@@ -94,7 +96,7 @@ def forward(
     m2, slot_rstd = np.empty((2, view.slots))
     mean = np.empty(view.slots) if centered else None
     options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
-    g = walk.geometry(view, masked)
+    g = walk.geometry(view, threads, masked)
     walk.forward_kernel(threads, g, flat(x), flat(y), *options, eps, mean, m2, slot_rstd)
     return mean, m2, slot_rstd
 
@@ -123,7 +125,8 @@ def _slot_sums(
     if view.size:
         walk = _TRAVERSALS[view.traversal]
         options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
-        g, threads = walk.geometry(view, mask is not None), threads_for(view.size)
+        threads = threads_for(view.size)
+        g = walk.geometry(view, threads, mask is not None)
         walk.grad_sums_kernel(threads, g, flat(x), flat(dy), mean, rstd, *options, sums[0], sums[1])
     return sums
 
@@ -151,10 +154,9 @@ def _input_grad(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, m
     walk = _TRAVERSALS[view.traversal]
     arrays = (flat(x), flat(dy), flat(dx), optional(dresidual), mean, rstd)
     options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
-    walk.input_grad_kernel(
-        threads_for(view.size), walk.geometry(view, mask is not None), *arrays, *options, sums[0], sums[1],
-        *_counts(count, mask), constant,
-    )  # fmt: skip
+    threads = threads_for(view.size)
+    g = walk.geometry(view, threads, mask is not None)
+    walk.input_grad_kernel(threads, g, *arrays, *options, sums[0], sums[1], *_counts(count, mask), constant)
 
 
 def _counts(count: float, mask: Mask | None) -> tuple[float, Array | None]:
@@ -171,7 +173,7 @@ def backward(
         return rows.backward(view, x, dy, dx, mean, rstd, epilogue.weight, with_parameters)
     threads = threads_for(view.size)
     walk = _TRAVERSALS[view.traversal]
-    if not view.size or not walk.fused(view, threads, mask is not None, backward=True):
+    if not view.size or not walk.fused(view, threads, mask is not None):
         sums = _slot_sums(view, x, dy, mean, rstd, epilogue, mask)
         if view.size:
             _input_grad(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, mask, False)
@@ -179,7 +181,7 @@ def backward(
         sums = np.zeros((2, view.slots, view.width))
         arrays = (flat(x), flat(dy), flat(dx), optional(dresidual), mean, rstd)
         options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
-        g = walk.geometry(view, mask is not None)
+        g = walk.geometry(view, threads, mask is not None)
         walk.backward_kernel(threads, g, *arrays, *options, sums[0], sums[1], *_counts(count, mask))
     return _by_parameter(view, sums[0]), _by_parameter(view, sums[1])
 

@@ -53,10 +53,10 @@ class Cut(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def geometry(view: View, masked: bool = False) -> np.ndarray:
+def geometry(view: View, threads: int, masked: bool = False) -> np.ndarray:
     """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers.
 
-    Rows of a mask are not folded: a row of lanes has one weight.
+    Rows of a mask are not folded: a row of lanes has one weight. Threads make no difference here.
     """
     width = view.group * view.inner
     fold = 1 if masked else max(1, min(WIDE // width, view.outer // MIN_ROWS))
@@ -79,9 +79,9 @@ def geometry(view: View, masked: bool = False) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def fused(view: View, threads: int, masked: bool = False, backward: bool = False) -> bool:
+def fused(view: View, threads: int, masked: bool = False) -> bool:
     """Whether whole blocks keep the threads busy."""
-    cut = Cut(*geometry(view, masked))
+    cut = Cut(*geometry(view, threads, masked))
     return balanced(cut.batch * cut.blocks, threads)
 
 

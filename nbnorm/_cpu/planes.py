@@ -1,15 +1,15 @@
 """Walk along segments: a slot is ``outer`` segments of ``inner`` neighbours, ``run`` of which share a parameter.
 
-The fused kernels take a slot per task, whose second pass finds it in cache (forward: 1 read + 1 write of
-the tensor, backward: 2 reads + 1 write). Large arrays of scattered slots, and few or uneven slots, have one kernel per
-pass instead, which goes through memory in order. Chunks and tiles, blocks of whole segments or parts of one, are cut by
-the shape alone, and so are sums: both ways give the same bits.
+The fused kernels take some neighbouring slots per task, whose second pass finds them in cache (forward: 1 read + 1
+write of the tensor, backward: 2 reads + 1 write). If these are few or uneven, there is one kernel per pass. All walk
+along memory, slot after slot within a row of segments, so that only every few of them the next line is far away.
+Chunks and tiles, blocks of whole segments or parts of one, are cut by the shape alone, and so are sums.
 
-Second passes of fused kernels walk backwards, into what has been read last: a quarter less time on tensors of 1 to 6 MB
-(Zen 3, two cores, 512 KB of second-level cache; no difference on Zen 4). Tried and left out: fetching the next segment
-ahead (3 to 6 % of a reading pass on Zen 3, nothing on Zen 4); fetching the next slot ahead (a third of a fused reading
-pass of 14 x 14 on Zen 4, no more than walking along memory); dx streamed past the caches (as long at 25 MB, a sixth
-longer at 50 MB and a twelfth less at 100 MB on Zen 3; 8 GB/s and thread on Zen 4, half of what plain stores do).
+Tried and left out: second passes that walk backwards, into what has been read last (a quarter less slot by slot on
+1 to 6 MB on Zen 3, no difference on Zen 4); fetching the next segment ahead (3 to 6 % of a reading pass on Zen 3,
+nothing on Zen 4); fetching the next slot ahead (a third of a reading pass slot by slot of 14 x 14 on Zen 4, less than
+walking along memory gains); dx streamed past the caches (as long at 25 MB, a sixth longer at 50 MB and a twelfth less
+at 100 MB on Zen 3; 8 GB/s and thread on Zen 4, half of what plain stores do).
 """
 
 from __future__ import annotations
@@ -57,17 +57,11 @@ from nbnorm._math import (
 )
 from nbnorm._view import View
 
-# Elements from which on two kernels take less time than a fused one, whose walk from segment to segment of one slot
-# does not suit caches: forward a tenth to a third less. Backward, which has more to read again, up to a quarter, for
-# segments that are SHORT and up to SHARED elements (benchmarks/choices.py; AMD EPYC, Zen 4, two cores, 1 MB of
+# Elements of the neighbouring slots that a task goes through together, as long as there are some tasks for each thread:
+# a tenth to two fifths less time than slot by slot (benchmarks/choices.py; AMD EPYC, Zen 4, two cores, 1 MB of
 # second-level and 32 MB of last-level cache).
-SPLIT = 1 << 20
-SHARED = 1 << 23
-SHORT = 2048
-# A reading pass of its own goes through neighbouring slots together, up to this many elements: a fifth to a third less
-# time than slot by slot. There remain some tasks for the threads to share.
-TOGETHER = 1 << 16
-TASKS = 8
+TOGETHER = 1 << 19
+TASKS = 4
 
 
 class Cut(NamedTuple):
@@ -82,28 +76,35 @@ class Cut(NamedTuple):
     rows: int
     cols: int
     chunks: int
-    slots: int  # neighbours that one task of a reading pass goes through together
+    slots: int  # neighbours that one task goes through together
 
 
 @lru_cache(maxsize=4096)
-def geometry(view: View, masked: bool = False) -> np.ndarray:
+def geometry(view: View, threads: int, masked: bool = False) -> np.ndarray:
     """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers.
 
-    A mask makes no difference here.
+    A mask makes no difference here, and ``slots`` none for the bits of a result.
     """
     rows, cols = (1, CHUNK) if view.inner > CHUNK else (max(1, CHUNK // view.inner), view.inner)
     chunks = -(-view.outer // rows) * -(-view.inner // cols)
     rule = (view.period, view.width, view.run)
-    slots = max(1, min(TOGETHER // max(view.inner, 1), view.group // TASKS)) if view.outer > 1 else 1
+    slots = together(view, threads) if view.outer > 1 else 1
     return np.array(Cut(view.outer, view.group, view.inner, *rule, rows, cols, chunks, slots))
 
 
-def fused(view: View, threads: int, masked: bool = False, backward: bool = False) -> bool:
-    """Whether one kernel should do both passes: whole slots keep the threads busy, and its walk costs little."""
-    scattered = view.outer > 1 and view.size >= SPLIT
-    if backward:
-        scattered = scattered and view.size <= SHARED and view.inner <= SHORT
-    return balanced(view.slots, threads) and not scattered
+def together(view: View, threads: int) -> int:
+    """Return how many neighbouring slots a task should go through, such that equal tasks remain for all threads."""
+    slots = min(TOGETHER // max(view.outer * view.inner, 1), view.group // (TASKS * threads))
+    while slots > 1 and -(-view.group // (slots * threads)) * slots * threads > 1.05 * view.group:
+        slots -= 1
+    return max(1, slots)
+
+
+@lru_cache(maxsize=4096)
+def fused(view: View, threads: int, masked: bool = False) -> bool:
+    """Whether whole slots keep the threads busy."""
+    cut = Cut(*geometry(view, threads))
+    return balanced(-(-cut.group // cut.slots), threads)
 
 
 @helper
@@ -222,17 +223,18 @@ def apply_run(cut, x, y, residual, first, n, mean_hi, scale, shift, activation):
 
 
 @helper
-def apply_chunk(g, x, y, slot, chunk, mean, rstd, weight, bias, residual, activation):
-    """Normalize one chunk of a slot, run by run, backwards: what has been read last is still in cache."""
+def apply_chunk(g, x, y, slot, slots, chunk, mean, rstd, weight, bias, residual, activation):
+    """Normalize one chunk of each of some slots, run by run."""
     cut = unpack(g)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
     for j in range(first_run, end_run):
-        mean_hi, scale, shift = run_affine(cut, x, slot, j, mean, rstd, weight, bias)
         start, n = bounds(cut, j, c0, cols)
-        for r in range(r0 + rows - 1, r0 - 1, -1):
-            first = (r * cut.group + slot) * cut.inner + start
-            apply_run(cut, x, y, residual, first, n, mean_hi, scale, shift, activation)
+        for r in range(r0, r0 + rows):
+            for k in range(slot, slot + slots):
+                mean_hi, scale, shift = run_affine(cut, x, k, j, mean[k], rstd[k], weight, bias)
+                first = (r * cut.group + k) * cut.inner + start
+                apply_run(cut, x, y, residual, first, n, mean_hi, scale, shift, activation)
 
 
 @helper
@@ -433,20 +435,36 @@ def input_grad_run(cut, x, dy, dx, dresidual, residual, activation, weights, i, 
 
 @helper
 def input_grad_chunk(
-    g, x, dy, dx, dresidual, slot, chunk, mean, rstd, weight, bias, residual, activation, weights, terms
+    g,
+    x,
+    dy,
+    dx,
+    dresidual,
+    slot,
+    slots,
+    chunk,
+    mean,
+    rstd,
+    weight,
+    bias,
+    residual,
+    activation,
+    weights,
+    terms,
 ):
-    """Dx of one chunk of a slot, run by run, backwards as `apply_chunk`."""
+    """Dx of one chunk of each of some slots, run by run."""
     cut = unpack(g)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
-    slot_weights = entry(weights, slot // cut.period)
     for j in range(first_run, end_run):
         start, n = bounds(cut, j, c0, cols)
-        own = run_terms(cut, x, slot, j, mean, rstd, weight, bias, terms)
-        for r in range(r0 + rows - 1, r0 - 1, -1):
-            i = (r * cut.group + slot) * cut.inner + start
-            own_weights = positions(slot_weights, cut, r, j, start, n)
-            input_grad_run(cut, x, dy, dx, dresidual, residual, activation, own_weights, i, n, own, False)
+        for r in range(r0, r0 + rows):
+            for k in range(slot, slot + slots):
+                slot_weights = entry(weights, k // cut.period)
+                own = run_terms(cut, x, k, j, mean[k], rstd[k], weight, bias, terms[k])
+                i = (r * cut.group + k) * cut.inner + start
+                own_weights = positions(slot_weights, cut, r, j, start, n)
+                input_grad_run(cut, x, dy, dx, dresidual, residual, activation, own_weights, i, n, own, False)
 
 
 @helper
@@ -497,17 +515,20 @@ def apply_kernel(g, x, y, mean, rstd, weight, bias, residual, activation):
 
 @Twins
 def forward_kernel(g, x, y, weight, bias, residual, activation, weights, eps, mean, m2, rstd):
-    """One slot per task: its moments, then its normalization from cache."""
+    """Some slots per task: their moments, then their normalization from cache."""
     cut = unpack(g)
-    chunks = cut.chunks
-    moments = np.empty((cut.group * chunks, 4))
-    for slot in prange(cut.group):
+    group, chunks, together = cut.group, cut.chunks, cut.slots
+    moments = np.empty((group * chunks, 4))
+    for task in prange(-(-group // together)):
+        first = task * together
+        slots = min(together, group - first)
         for chunk in range(chunks):
-            chunk_moments(g, x, weights, slot, 1, chunk, moments)
-        n, mean[slot], m2[slot] = slot_moments(g, slot, moments)
-        rstd[slot] = reciprocal_std(m2[slot], n, eps)
-        for chunk in range(chunks - 1, -1, -1):
-            apply_chunk(g, x, y, slot, chunk, mean[slot], rstd[slot], weight, bias, residual, activation)
+            chunk_moments(g, x, weights, first, slots, chunk, moments)
+        for slot in range(first, first + slots):
+            n, mean[slot], m2[slot] = slot_moments(g, slot, moments)
+            rstd[slot] = reciprocal_std(m2[slot], n, eps)
+        for chunk in range(chunks):
+            apply_chunk(g, x, y, first, slots, chunk, mean, rstd, weight, bias, residual, activation)
 
 
 @Twins
@@ -575,21 +596,36 @@ def backward_kernel(
     g, x, dy, dx, dresidual, mean, rstd, weight, bias, residual, activation, weights, sum_dz, sum_dz_x_hat,
     count, counts,
 ):  # fmt: skip
-    """One slot per task: its sums, then its dx from cache."""
+    """Some slots per task: their sums, then their dx from cache."""
     cut = unpack(g)
-    chunks = cut.chunks
-    sums, terms = np.zeros((cut.group * chunks, 4, cut.width)), np.empty((cut.group, 5))
-    for k in prange(cut.group):
+    group, chunks, together = cut.group, cut.chunks, cut.slots
+    sums, terms = np.zeros((group * chunks, 4, cut.width)), np.empty((group, 5))
+    for task in prange(-(-group // together)):
+        first = task * together
+        slots = min(together, group - first)
         for chunk in range(chunks):
             chunk_grad_sums(
-                g, x, dy, k, 1, chunk, mean, rstd, weight, bias, residual, activation, weights, sums
+                g, x, dy, first, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums
             )
-        slot_sums(g, k, sums, sum_dz, sum_dz_x_hat)
-        slot_terms(
-            g, x, k, mean[k], rstd[k], weight, weights, sum_dz, sum_dz_x_hat, count, counts, False, terms[k]
-        )
-        for chunk in range(chunks - 1, -1, -1):
-            input_grad_chunk(
-                g, x, dy, dx, dresidual, k, chunk, mean[k], rstd[k], weight, bias, residual, activation, weights,
+        for k in range(first, first + slots):
+            slot_sums(g, k, sums, sum_dz, sum_dz_x_hat)
+            slot_terms(
+                g,
+                x,
+                k,
+                mean[k],
+                rstd[k],
+                weight,
+                weights,
+                sum_dz,
+                sum_dz_x_hat,
+                count,
+                counts,
+                False,
                 terms[k],
+            )
+        for chunk in range(chunks):
+            input_grad_chunk(
+                g, x, dy, dx, dresidual, first, slots, chunk, mean, rstd, weight, bias, residual, activation,
+                weights, terms,
             )  # fmt: skip

@@ -53,10 +53,10 @@ class Cut(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def geometry(view: View, masked: bool = False) -> np.ndarray:
+def geometry(view: View, threads: int, masked: bool = False) -> np.ndarray:
     """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers.
 
-    A mask makes no difference here.
+    Neither threads nor a mask make a difference here.
     """
     rows, inner = view.slots, view.inner
     wanted = min(MAX_BANDS, max(MIN_BANDS, rows // BAND_ROWS), -(-rows * inner // CHUNK))
@@ -65,9 +65,9 @@ def geometry(view: View, masked: bool = False) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def fused(view: View, threads: int, masked: bool = False, backward: bool = False) -> bool:
+def fused(view: View, threads: int, masked: bool = False) -> bool:
     """Whether whole bands keep the threads busy."""
-    return balanced(Cut(*geometry(view)).bands, threads)
+    return balanced(Cut(*geometry(view, threads)).bands, threads)
 
 
 @helper
@@ -359,7 +359,8 @@ def backward(
     parameters = view.period * view.width
     if not view.size:
         return np.zeros(parameters), np.zeros(parameters)
-    g, threads = geometry(view), threads_for(view.size)
+    threads = threads_for(view.size)
+    g = geometry(view, threads)
     own_weight = line(weight)
     arrays = (flat(x), flat(dy), None if dx is None else flat(dx), mean, rstd, own_weight)
     bands = Cut(*g).bands
