@@ -115,6 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rst", action="store_true", help="print reStructuredText instead of Markdown")
     options = parser.parse_args(argv)
     rows = json.loads(options.file.read_text())["rows"]
+    options.output.mkdir(parents=True, exist_ok=True)
     for name, draw in (("times", draw_times), ("copies", draw_copies)):
         draw(rows).savefig(options.output / f"{name}.png", dpi=150, bbox_inches="tight", pad_inches=0.15)
     print(table(rows, options.rst))
