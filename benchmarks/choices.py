@@ -15,7 +15,7 @@ import numpy as np
 
 with suppress(ImportError):  # asv reads every file of this folder, with versions that lack them
     import nbnorm
-    from nbnorm._cpu import columns, grid, planes
+    from nbnorm._cpu import columns, cut, grid, planes
     from nbnorm._view import batch_view
 
 from .common import Case, batch, best
@@ -44,12 +44,12 @@ def chunks() -> None:
     x = batch(Case("batch", (65536, 64))).x
     view = batch_view(x.shape, x.strides, x.itemsize, 1)
     assert view is not None
-    cut = grid.Cut(*(int(n) for n in columns.geometry(view, 2)))
+    columns_cut = grid.Cut(*(int(n) for n in columns.geometry(view, 2)))
     mean, m2 = np.empty((2, 64))
     calls = {}
     for wanted in (16, 8, 32, 64, 128):
-        chunk = -(-cut.rows // wanted)
-        g = np.array(cut._replace(chunk=chunk, chunks=-(-cut.rows // chunk)))
+        chunk = -(-columns_cut.rows // wanted)
+        g = np.array(columns_cut._replace(chunk=chunk, chunks=-(-columns_cut.rows // chunk)))
         calls[wanted] = partial(columns.moments_kernel, 2, g, x.reshape(-1), None, mean, m2)
     show(f"chunks for the moments of {x.shape}", calls)
 
@@ -60,26 +60,26 @@ def together() -> None:
         b = batch(Case("batch", shape))
         view = batch_view(b.x.shape, b.x.strides, b.x.itemsize, 1)
         assert view is not None
-        cut = planes.Cut(*(int(n) for n in planes.geometry(view, 2)))
+        chosen = cut.Cut(*(int(n) for n in planes.geometry(view, 2)))
         parameters = np.ones((2, shape[1]), np.float32)
         y, saved = nbnorm.batch_norm_forward(b.x, *parameters)
         out = nbnorm.batch_norm_backward(b.dy, saved)
 
-        def taking(call: Callable[[], object], slots: int, cut=cut) -> Callable[[], object]:
+        def taking(call: Callable[[], object], slots: int, chosen=chosen) -> Callable[[], object]:
             def run() -> None:
                 with patch.object(planes, "geometry", lambda *arguments: g):
                     call()
 
-            g = np.array(cut._replace(slots=slots))
+            g = np.array(chosen._replace(slots=slots))
             return run
 
         forward = partial(nbnorm.batch_norm_forward, b.x, *parameters, out=y)
         backward = partial(nbnorm.batch_norm_backward, b.dy, saved, out=out)
         for name, call in (("forward", forward), ("backward", backward)):
-            calls = {slots: taking(call, slots) for slots in sorted({1, 2, 4, 8, 16, 32, cut.slots})}
+            calls = {slots: taking(call, slots) for slots in sorted({1, 2, 4, 8, 16, 32, chosen.slots})}
             # Another call between them, as in a network: what a call leaves in the caches is not what it finds.
             calls["copy"] = lambda b=b, dx=out[0]: np.copyto(dx, b.dy)
-            show(f"slots together, {name} {shape}, chosen {cut.slots}", calls)
+            show(f"slots together, {name} {shape}, chosen {chosen.slots}", calls)
 
 
 if __name__ == "__main__":

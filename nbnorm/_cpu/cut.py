@@ -1,0 +1,116 @@
+"""How segments are cut into chunks, and in which order tasks go through them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from nbnorm._cpu.launch import balanced, helper
+from nbnorm._cpu.tiles import CHUNK, part
+from nbnorm._view import View
+
+# Elements of the neighbouring slots that a task goes through together, as long as there are some tasks for each thread:
+# a tenth to two fifths less time than slot by slot (benchmarks/choices.py; AMD EPYC, Zen 4, two cores, 1 MB of
+# second-level and 32 MB of last-level cache).
+TOGETHER = 1 << 19
+TASKS = 4
+
+
+class Cut(NamedTuple):
+    """How an array is cut: `View` sizes, then the rows and columns of a chunk and the chunks of a slot."""
+
+    outer: int
+    group: int
+    inner: int
+    period: int
+    width: int
+    run: int
+    rows: int
+    cols: int
+    chunks: int
+    slots: int  # neighbours that one task goes through together
+
+
+@lru_cache(maxsize=4096)
+def geometry(view: View, threads: int, masked: bool = False) -> np.ndarray:
+    """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers.
+
+    A mask makes no difference here, and ``slots`` none for the bits of a result.
+    """
+    rows, cols = (1, CHUNK) if view.inner > CHUNK else (max(1, CHUNK // view.inner), view.inner)
+    chunks = -(-view.outer // rows) * -(-view.inner // cols)
+    rule = (view.period, view.width, view.run)
+    slots = together(view, threads) if view.outer > 1 else 1
+    return np.array(Cut(view.outer, view.group, view.inner, *rule, rows, cols, chunks, slots))
+
+
+def together(view: View, threads: int) -> int:
+    """Return how many neighbouring slots a task should go through, such that equal tasks remain for all threads."""
+    slots = min(TOGETHER // max(view.outer * view.inner, 1), view.group // (TASKS * threads))
+    while slots > 1 and -(-view.group // (slots * threads)) * slots * threads > 1.05 * view.group:
+        slots -= 1
+    return max(1, slots)
+
+
+@lru_cache(maxsize=4096)
+def fused(view: View, threads: int, masked: bool = False) -> bool:
+    """Whether whole slots keep the threads busy."""
+    cut = Cut(*geometry(view, threads))
+    return balanced(-(-cut.group // cut.slots), threads)
+
+
+@helper
+def unpack(g):
+    """Name the integers of a geometry."""
+    return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9])
+
+
+@helper
+def block(index, outer, inner, rows, cols):
+    """First row, rows, first column and columns of a block of an outer x inner plane."""
+    across = -(-inner // cols)
+    r, c = index // across * rows, index % across * cols
+    return r, min(rows, outer - r), c, min(cols, inner - c)
+
+
+@helper
+def positions(weights, cut, r, j, start, n):
+    """Weights of ``n`` columns of run ``j`` in row ``r``: every run has the same."""
+    return part(weights, (r - j) * cut.run + start, n)
+
+
+@helper
+def runs(c0, cols, run):
+    """First run and one past the last run that the columns [c0, c0 + cols) meet."""
+    return c0 // run, -(-(c0 + cols) // run)
+
+
+@helper
+def bounds(cut, j, c0, cols):
+    """First column of run ``j`` within [c0, c0 + cols), and how many there are."""
+    start = max(c0, j * cut.run)
+    return start, min(c0 + cols, (j + 1) * cut.run) - start
+
+
+@helper
+def stretch(g, task):
+    """First segment, number of segments, first column and columns of a task that goes through memory in order."""
+    cut = unpack(g)
+    return block(task, cut.outer * cut.group, cut.inner, cut.rows, cut.cols)
+
+
+@helper
+def stretches(g):
+    """How many of them there are."""
+    cut = unpack(g)
+    return -(-cut.outer * cut.group // cut.rows) * -(-cut.inner // cut.cols)
+
+
+@helper
+def neighbours(g, task):
+    """First slot, number of slots and chunk of a task of a reading pass."""
+    cut = unpack(g)
+    slot = task // cut.chunks * cut.slots
+    return slot, min(cut.slots, cut.group - slot), task % cut.chunks

@@ -1,0 +1,92 @@
+"""Loops over neighbours that share their coefficients."""
+
+from __future__ import annotations
+
+from nbnorm._activation import activate, activation_gradient
+from nbnorm._cpu.halves import narrow, widen
+from nbnorm._cpu.launch import helper, inlined, reduction
+from nbnorm._cpu.memory import row
+from nbnorm._cpu.tiles import before_activation
+from nbnorm._math import by_type, input_gradient, is_none, rounded, standardize
+
+
+@helper
+def apply_segment(x, y, residual, mean_hi, scale, shift, activation):
+    """Normalize neighbours that share their coefficients."""
+    for i in range(x.shape[0]):
+        z = before_activation(widen(x[i]), residual, i, mean_hi, scale, shift)
+        y[i] = narrow(activate(z, activation), y)
+
+
+@reduction
+def piece_grad_sums(x, dz, mean_hi, rstd):
+    """Sums of dz and dz * x_hat over one piece; x_hat relative to the rounded mean."""
+    sum_dz = rounded(0.0, x)
+    sum_dz_x_hat = rounded(0.0, x)
+    for i in range(x.shape[0]):
+        d = widen(dz[i])
+        sum_dz += d
+        sum_dz_x_hat += d * standardize(widen(x[i]), mean_hi, rstd)
+    return sum_dz, sum_dz_x_hat
+
+
+def summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room):
+    """x and dz of one piece: as they are, or computed into ``room`` where they depend on options."""
+    given = (x, dy, residual, weights, mean_hi, scale, shift, activation, room)
+    return _summands(*given)(*given)
+
+
+@by_type(summands)
+def _summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room):
+    if is_none(room):
+        return lambda x, dy, residual, weights, mean_hi, scale, shift, activation, room: (x, dy)
+    return lambda x, dy, residual, weights, mean_hi, scale, shift, activation, room: computed_summands(
+        x, dy, residual, weights, mean_hi, scale, shift, activation, room
+    )
+
+
+@helper
+def computed_summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room):
+    """Write x and dz of one piece out.
+
+    So dz takes part in the same sums, and gives the same bits, as one that comes from outside. What neither counts
+    nor has a gradient may be NaN; it takes part as 0.
+    """
+    n = x.shape[0]
+    x_room, dz_room = row(room[0], 0, n), row(room[1], 0, n)
+    for i in range(n):
+        value, d = widen(x[i]), widen(dy[i])
+        absent = False
+        if weights is not None:
+            absent = weights[i] == 0 and d == 0
+        if activation is not None:
+            z = before_activation(value, residual, i, mean_hi, scale, shift)
+            d = activation_gradient(d, z, activation)
+        x_room[i] = mean_hi if absent else value
+        dz_room[i] = rounded(0.0, x) if absent else d
+    return x_room, dz_room
+
+
+@inlined
+def input_grad_segment(
+    x, dy, dx, dresidual, residual, weights, mean_hi, hat_scale, slope, offset, gain, scale, shift, activation
+):  # fmt: skip
+    """Dx, and dz where it is wanted, of neighbours that share their coefficients; no slope: constant statistics."""
+    for i in range(x.shape[0]):
+        value, d = widen(x[i]), widen(dy[i])
+        absent = False
+        if weights is not None:
+            absent = weights[i] == 0 and d == 0
+        if activation is not None:
+            z = before_activation(value, residual, i, mean_hi, scale, shift)
+            d = rounded(0.0, x) if absent else activation_gradient(d, z, activation)
+        if dresidual is not None:
+            dresidual[i] = narrow(d, x)
+        if slope is None:
+            dx[i] = narrow(d * gain, x)
+        elif weights is None:
+            dx[i] = narrow(input_gradient(d, standardize(value, mean_hi, hat_scale), slope, offset, gain), x)
+        else:
+            w = weights[i]
+            x_hat = standardize(value, mean_hi, hat_scale) if w > 0 else rounded(0.0, x)
+            dx[i] = narrow(input_gradient(d, x_hat, w * slope, w * offset, gain), x)

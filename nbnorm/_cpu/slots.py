@@ -1,0 +1,272 @@
+"""What a task does to chunks of neighbouring slots, or to a stretch of memory."""
+
+from __future__ import annotations
+
+from nbnorm._cpu.cut import block, bounds, positions, runs, stretch, unpack
+from nbnorm._cpu.lanes import fill
+from nbnorm._cpu.launch import helper, inlined
+from nbnorm._cpu.memory import row
+from nbnorm._cpu.segments import apply_segment, input_grad_segment, piece_grad_sums, summands
+from nbnorm._cpu.tiles import (
+    PIECE,
+    TILE,
+    add_rows,
+    entry,
+    line_moments,
+    parameter,
+    part,
+    piece,
+    room,
+    slot_count,
+    tile_moments,
+    weighted,
+)
+from nbnorm._math import accumulate, add, affine, gradient_terms, recentered, rounded, settled
+
+
+@helper
+def chunk_moments(g, x, weights, slot, slots, chunk, moments):
+    """Count, mean and m2 of one chunk of each of some neighbouring slots: its tiles merged in order.
+
+    The walk is along memory, so that all slots take part in turn.
+    """
+    cut = unpack(g)
+    r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
+    if weights is not None:
+        for k in range(slot, slot + slots):
+            own = moments[k * cut.chunks + chunk]
+            slot_weights = entry(weights, k // cut.period)
+            own[0], own[1], own[2] = counted_chunk_moments(cut, x, slot_weights, k, r0, rows, c0, cols)
+        return
+    for k in range(slot, slot + slots):
+        fill(moments[k * cut.chunks + chunk], 0.0)
+    tile_rows, tile_cols = max(1, min(rows, TILE // cols)), min(cols, TILE)
+    stride = cut.group * cut.inner
+    for r in range(0, rows, tile_rows):
+        height = min(tile_rows, rows - r)
+        for k in range(slot, slot + slots):
+            first, own = ((r0 + r) * cut.group + k) * cut.inner + c0, moments[k * cut.chunks + chunk]
+            n, mean, m2, rest = own[0], own[1], own[2], own[3]
+            for c in range(0, cols, tile_cols):
+                width = min(tile_cols, cols - c)
+                tile_n, tile_mean, tile_m2 = tile_moments(x, None, first + c, stride, height, width)
+                n, mean, m2, rest = accumulate(n, mean, m2, rest, tile_n, tile_mean, tile_m2)
+            own[0], own[1], own[2], own[3] = n, mean, m2, rest
+    for k in range(slot, slot + slots):
+        own = moments[k * cut.chunks + chunk]
+        own[2] = settled(own[2], own[3])
+
+
+@helper
+def counted_chunk_moments(cut, x, weights, slot, r0, rows, c0, cols):
+    """`chunk_moments` of one slot with the weights of its positions: a segment of a run at a time."""
+    first_run, end_run = runs(c0, cols, cut.run)
+    n = mean = m2 = rest = 0.0
+    for j in range(first_run, end_run):
+        start, size = bounds(cut, j, c0, cols)
+        for r in range(r0, r0 + rows):
+            first = (r * cut.group + slot) * cut.inner + start
+            own_weights = positions(weights, cut, r, j, start, size)
+            part_n, part_mean, part_m2 = line_moments(row(x, first, size), own_weights, True)
+            n, mean, m2, rest = accumulate(n, mean, m2, rest, part_n, part_mean, part_m2)
+    return n, mean, settled(m2, rest)
+
+
+@helper
+def slot_moments(g, slot, moments):
+    """Merge the chunks of a slot, in order: count, mean and m2."""
+    chunks = unpack(g).chunks
+    n = mean = m2 = rest = 0.0
+    for i in range(slot * chunks, (slot + 1) * chunks):
+        n, mean, m2, rest = accumulate(n, mean, m2, rest, moments[i, 0], moments[i, 1], moments[i, 2])
+    return n, mean, settled(m2, rest)
+
+
+@helper
+def run_affine(cut, x, slot, j, mean, rstd, weight, bias):
+    """Coefficients of `normalize` for one run of a slot."""
+    p = slot % cut.period * cut.width + j
+    return affine(mean, rstd, parameter(weight, p, 1.0), parameter(bias, p, 0.0), x)
+
+
+@helper
+def apply_run(cut, x, y, residual, first, n, mean_hi, scale, shift, activation):
+    """Normalize neighbours that share their coefficients."""
+    own_residual = part(residual, first, n)
+    apply_segment(row(x, first, n), row(y, first, n), own_residual, mean_hi, scale, shift, activation)
+
+
+@helper
+def apply_chunk(g, x, y, slot, slots, chunk, mean, rstd, weight, bias, residual, activation):
+    """Normalize one chunk of each of some slots, run by run."""
+    cut = unpack(g)
+    r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
+    first_run, end_run = runs(c0, cols, cut.run)
+    for j in range(first_run, end_run):
+        start, n = bounds(cut, j, c0, cols)
+        for r in range(r0, r0 + rows):
+            for k in range(slot, slot + slots):
+                mean_hi, scale, shift = run_affine(cut, x, k, j, mean[k], rstd[k], weight, bias)
+                first = (r * cut.group + k) * cut.inner + start
+                apply_run(cut, x, y, residual, first, n, mean_hi, scale, shift, activation)
+
+
+@helper
+def apply_stretch(g, x, y, task, mean, rstd, weight, bias, residual, activation):
+    """Normalize segments in the order in which they lie in memory."""
+    cut = unpack(g)
+    first_segment, count, c0, cols = stretch(g, task)
+    first_run, end_run = runs(c0, cols, cut.run)
+    for segment in range(first_segment, first_segment + count):
+        slot = segment % cut.group
+        for j in range(first_run, end_run):
+            mean_hi, scale, shift = run_affine(cut, x, slot, j, mean[slot], rstd[slot], weight, bias)
+            start, n = bounds(cut, j, c0, cols)
+            first = segment * cut.inner + start
+            apply_run(cut, x, y, residual, first, n, mean_hi, scale, shift, activation)
+
+
+@helper
+def chunk_grad_sums(
+    g, x, dy, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums
+):
+    """Sums of dz and of dz * x_hat over one chunk of each of some slots, by run: total, rest, of each.
+
+    The walk is that of `chunk_moments`.
+    """
+    cut = unpack(g)
+    own_room = room((2, PIECE), x, weights, activation)
+    r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
+    first_run, end_run = runs(c0, cols, cut.run)
+    for j in range(first_run, end_run):
+        start, size = bounds(cut, j, c0, cols)
+        for r in range(r0, r0 + rows):
+            for k in range(slot, slot + slots):
+                mean_hi, hat_scale, _ = affine(mean[k], rstd[k], 1.0, 0.0, x)
+                _, scale, shift = run_affine(cut, x, k, j, mean[k], rstd[k], weight, bias)
+                slot_weights, own = entry(weights, k // cut.period), sums[k * cut.chunks + chunk]
+                a, a_rest, b, b_rest = own[0, j], own[1, j], own[2, j], own[3, j]
+                base = (r * cut.group + k) * cut.inner
+                for i in range(start, start + size, piece(x)):
+                    first, n = base + i, min(piece(x), start + size - i)
+                    x_piece, dz_piece = summands(
+                        row(x, first, n), row(dy, first, n), part(residual, first, n),
+                        positions(slot_weights, cut, r, j, i, n), mean_hi, scale, shift, activation, own_room,
+                    )  # fmt: skip
+                    piece_a, piece_b = piece_grad_sums(x_piece, dz_piece, mean_hi, hat_scale)
+                    a, a_rest = add(a, a_rest, piece_a)
+                    b, b_rest = add(b, b_rest, piece_b)
+                own[0, j], own[1, j], own[2, j], own[3, j] = a, a_rest, b, b_rest
+        for k in range(slot, slot + slots):
+            own = sums[k * cut.chunks + chunk]
+            mean_hi, _, _ = affine(mean[k], rstd[k], 1.0, 0.0, x)
+            a = settled(own[0, j], own[1, j])
+            b = recentered(settled(own[2, j], own[3, j]), a, mean[k], mean_hi, rstd[k])
+            own[0, j], own[1, j], own[2, j], own[3, j] = a, 0.0, b, 0.0
+
+
+@helper
+def slot_sums(g, slot, sums, sum_dz, sum_dz_x_hat):
+    """Add up the chunks of a slot, in order, with what rounding leaves out."""
+    chunks, top = unpack(g).chunks, sums[slot * unpack(g).chunks]
+    for i in range(slot * chunks + 1, (slot + 1) * chunks):
+        add_rows(top[0], top[1], sums[i, 0])
+        add_rows(top[2], top[3], sums[i, 2])
+    for j in range(top.shape[1]):
+        sum_dz[slot, j] = settled(top[0, j], top[1, j])
+        sum_dz_x_hat[slot, j] = settled(top[2, j], top[3, j])
+
+
+@helper
+def slot_terms(g, x, slot, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, constant, terms):
+    """Write what dx of a slot is computed from: mean, rstd, slope, offset and the factor of the gain."""
+    cut = unpack(g)
+    first = slot % cut.period * cut.width
+    sum_g, sum_g_x_hat = weighted(weight, first, sum_dz, slot), weighted(weight, first, sum_dz_x_hat, slot)
+    n = slot_count(count, counts, slot, cut.period)
+    terms[0], terms[1], _ = affine(mean, rstd, 1.0, 0.0, x)
+    terms[2], terms[3], terms[4] = gradient_terms(
+        mean, rstd, sum_g, sum_g_x_hat, n, True, constant, weights is not None, x
+    )
+
+
+@helper
+def run_terms(cut, x, slot, j, mean, rstd, weight, bias, terms):
+    """Coefficients for dx of one run: those of its slot, the gain, and scale and shift of `normalize`."""
+    _, scale, shift = run_affine(cut, x, slot, j, mean, rstd, weight, bias)
+    gain = terms[4] * parameter(weight, slot % cut.period * cut.width + j, 1.0)
+    return (
+        rounded(terms[0], x), rounded(terms[1], x), rounded(terms[2], x), rounded(terms[3], x), rounded(gain, x),
+        scale, shift,
+    )  # fmt: skip
+
+
+@inlined
+def input_grad_run(cut, x, dy, dx, dresidual, residual, activation, weights, i, n, terms, constant):
+    """Dx of ``n`` neighbours of one run, by its terms."""
+    arrays = (
+        row(x, i, n),
+        row(dy, i, n),
+        row(dx, i, n),
+        part(dresidual, i, n),
+        part(residual, i, n),
+        weights,
+    )
+    mean_hi, hat_scale, slope, offset, gain, scale, shift = terms
+    if constant:
+        input_grad_segment(*arrays, mean_hi, hat_scale, None, None, gain, scale, shift, activation)
+    else:
+        input_grad_segment(*arrays, mean_hi, hat_scale, slope, offset, gain, scale, shift, activation)
+
+
+@helper
+def input_grad_chunk(
+    g,
+    x,
+    dy,
+    dx,
+    dresidual,
+    slot,
+    slots,
+    chunk,
+    mean,
+    rstd,
+    weight,
+    bias,
+    residual,
+    activation,
+    weights,
+    terms,
+):
+    """Dx of one chunk of each of some slots, run by run."""
+    cut = unpack(g)
+    r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
+    first_run, end_run = runs(c0, cols, cut.run)
+    for j in range(first_run, end_run):
+        start, n = bounds(cut, j, c0, cols)
+        for r in range(r0, r0 + rows):
+            for k in range(slot, slot + slots):
+                slot_weights = entry(weights, k // cut.period)
+                own = run_terms(cut, x, k, j, mean[k], rstd[k], weight, bias, terms[k])
+                i = (r * cut.group + k) * cut.inner + start
+                own_weights = positions(slot_weights, cut, r, j, start, n)
+                input_grad_run(cut, x, dy, dx, dresidual, residual, activation, own_weights, i, n, own, False)
+
+
+@helper
+def input_grad_stretch(
+    g, x, dy, dx, dresidual, task, mean, rstd, weight, bias, residual, activation, weights, terms, constant
+):
+    """Dx of segments in the order in which they lie in memory."""
+    cut = unpack(g)
+    first, count, c0, cols = stretch(g, task)
+    first_run, end_run = runs(c0, cols, cut.run)
+    for segment in range(first, first + count):
+        r, slot = segment // cut.group, segment % cut.group
+        slot_weights = entry(weights, slot // cut.period)
+        for j in range(first_run, end_run):
+            start, n = bounds(cut, j, c0, cols)
+            own = run_terms(cut, x, slot, j, mean[slot], rstd[slot], weight, bias, terms[slot])
+            own_weights = positions(slot_weights, cut, r, j, start, n)
+            i = segment * cut.inner + start
+            input_grad_run(cut, x, dy, dx, dresidual, residual, activation, own_weights, i, n, own, constant)
