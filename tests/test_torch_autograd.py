@@ -307,7 +307,9 @@ def test_small_tensors_are_left_to_pytorch(monkeypatch):
     assert_close(large, small)
     assert_close(module(x, activation="relu", residual=x), apart)
     assert not computed_by_nbnorm(module(x.contiguous(memory_format=torch.channels_last)))
-    assert not computed_by_nbnorm(module(x[..., :8, :8].contiguous()))
+    monkeypatch.setitem(policy.SMALLEST, "batch_norm", 1)
+    assert computed_by_nbnorm(module(x[..., :7, :7].contiguous()))
+    assert not computed_by_nbnorm(module(x[..., :6, :6].contiguous()))
 
 
 def test_threads_of_pytorch(monkeypatch):

@@ -1,7 +1,7 @@
 """From which size on nbnorm is worth its call; below, PyTorch's own operator runs.
 
-A call takes some 100 microseconds more of Python here, and down columns (channels last, planes of few values, rows of
-features) PyTorch's batch norm is the faster one in itself. `python -m benchmarks.pytorch_models --calls --always`
+A call takes some 100 microseconds more of Python here, and for channels last and rows of features PyTorch's batch norm
+is the faster one in itself. `python -m benchmarks.pytorch_models --calls --always`
 prints what these numbers stand on: ratios of single modules, forward and backward.
 """
 
@@ -11,10 +11,8 @@ from math import inf, prod
 
 import torch
 
-from nbnorm._view import SHORT_SEGMENT
-
 SMALLEST: dict[str, float] = {
-    "batch_norm": 2**20,
+    "batch_norm": 2**19,
     "instance_norm": 2**20,
     "rms_norm": 2**17,
     "layer_norm": inf,
@@ -23,10 +21,13 @@ SMALLEST: dict[str, float] = {
 """Least number of elements for nbnorm, channels first."""
 
 SMALLEST_IN_COLUMNS: dict[str, float] = {**SMALLEST, "batch_norm": inf, "instance_norm": inf}
-"""The same for channels last, for planes of few values and for none."""
+"""The same for channels last, for planes of fewer values than were measured and for none."""
+
+FEWEST = 49
+"""Values of a plane, from which on it is one."""
 
 
 def smallest(norm: str, x: torch.Tensor) -> float:
     """Return the least number of elements for nbnorm."""
-    planes = x.ndim > 2 and prod(x.shape[2:]) > SHORT_SEGMENT and x.is_contiguous()
+    planes = x.ndim > 2 and prod(x.shape[2:]) >= FEWEST and x.is_contiguous()
     return (SMALLEST if planes else SMALLEST_IN_COLUMNS)[norm]
