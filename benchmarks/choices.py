@@ -1,6 +1,6 @@
 """What stands behind choices of the package that no other benchmark shows: `python -m benchmarks.choices`.
 
-Chunks of columns (`nbnorm/_cpu/grid.py`), and slots that one task takes together (`nbnorm/_cpu/planes.py`).
+Chunks of columns (`nbnorm/_cpu/grid.py`), and slots that one task takes together (`nbnorm/_cpu/cut.py`).
 """
 
 from __future__ import annotations

@@ -165,16 +165,18 @@ def test_one_call_and_two_phases(case, dtype, rng):
 
 @pytest.mark.parametrize("inner", [7 * 13, 5000], ids=["short", "long"])
 def test_slots_that_a_task_takes_together(rng, inner, monkeypatch):
-    """How many neighbouring slots share a task is a matter of speed alone."""
+    """How many neighbouring slots share a task is a matter of speed alone, and so is whether passes share a kernel."""
     x = rng.standard_normal((6, 19, inner)).astype(np.float32)
     dy = rng.standard_normal(x.shape).astype(np.float32)
     found = []
     for slots in (1, 2, 7, 19):
         monkeypatch.setattr(cut, "together", lambda view, threads, slots=slots: slots)
         cut.geometry.cache_clear()
+        cut.fused.cache_clear()
         y, saved = nbnorm.batch_norm_forward(x, activation="relu")
         found.append((y, saved.mean, saved.rstd, *nbnorm.batch_norm_backward(dy, saved)))
     cut.geometry.cache_clear()
+    cut.fused.cache_clear()
     for other in found[1:]:
         for name, first, same in zip(("y", "mean", "rstd", "dx"), found[0], other, strict=False):
             oracle.assert_same_bits(same, first, name)

@@ -60,12 +60,11 @@ def block_moments(g, x, weights, index, moments, mean, m2):
     cut, own = unpack(g), locate(g, index)
     n = merge_chunks(moments, chunk_weights(g, weights, own.batch), own.lanes)
     merged = moments[0]
-    merge_folds(merged, cut.fold, own.width, n, x, own.base + cut.rows * cut.lanes, cut.spare)
-    rows = n * cut.fold + cut.spare // own.width
+    n = merge_folds(merged, cut.fold, own.width, n, x, own.base + cut.rows * cut.lanes, cut.spare)
     for i in range(own.slots):
         at = i * cut.inner
         mean[own.slot + i], m2[own.slot + i] = slot_moments(
-            row(merged[0], at, cut.inner), row(merged[1], at, cut.inner), rows
+            row(merged[0], at, cut.inner), row(merged[1], at, cut.inner), n
         )
 
 

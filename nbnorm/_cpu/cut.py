@@ -95,22 +95,15 @@ def bounds(cut, j, c0, cols):
 
 
 @helper
-def stretch(g, task):
-    """First segment, number of segments, first column and columns of a task that goes through memory in order."""
+def tasks(g):
+    """How many tasks a pass of its own has: chunks of neighbouring slots."""
     cut = unpack(g)
-    return block(task, cut.outer * cut.group, cut.inner, cut.rows, cut.cols)
-
-
-@helper
-def stretches(g):
-    """How many of them there are."""
-    cut = unpack(g)
-    return -(-cut.outer * cut.group // cut.rows) * -(-cut.inner // cut.cols)
+    return -(-cut.group // cut.slots) * cut.chunks
 
 
 @helper
 def neighbours(g, task):
-    """First slot, number of slots and chunk of a task of a reading pass."""
+    """First slot, number of slots and chunk of such a task."""
     cut = unpack(g)
     slot = task // cut.chunks * cut.slots
     return slot, min(cut.slots, cut.group - slot), task % cut.chunks

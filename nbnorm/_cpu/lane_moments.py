@@ -302,11 +302,14 @@ def merge_chunks(moments, counts, lanes):
 
 @helper
 def merge_folds(moments, fold, width, rows, x, first, spare):
-    """Merge the lanes that folding has laid side by side, ``rows`` values each, and single values left over."""
-    if fold == 1:
-        return
-    means, own_m2 = moments[0], moments[1]
+    """Merge the lanes that folding has laid side by side, ``rows`` values each, and single values left over.
+
+    Returns the number of all of them.
+    """
     n = rows * fold + spare // width
+    if fold == 1:
+        return n
+    means, own_m2 = moments[0], moments[1]
     center, total, squares, rest = pooling_rows(moments, width)
     copy_row(center, row(means, 0, width))
     usable(center)
@@ -322,6 +325,7 @@ def merge_folds(moments, fold, width, rows, x, first, spare):
     for at in range(0, spare, width):
         add_spread(total, squares, rest, center, row(x, first + at, width), None, 1.0)
     settle_moments(row(means, 0, width), row(own_m2, 0, width), center, total, squares, rest, n)
+    return n
 
 
 @reduction

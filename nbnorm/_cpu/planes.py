@@ -17,15 +17,13 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from nbnorm._cpu.cut import fused, geometry, neighbours, stretches, unpack
+from nbnorm._cpu.cut import fused, geometry, neighbours, tasks, unpack
 from nbnorm._cpu.launch import Twins
 from nbnorm._cpu.slots import (
     apply_chunk,
-    apply_stretch,
     chunk_grad_sums,
     chunk_moments,
     input_grad_chunk,
-    input_grad_stretch,
     slot_moments,
     slot_sums,
     slot_terms,
@@ -49,7 +47,7 @@ def moments_kernel(g, x, weights, mean, m2):
     """One chunk of some slots per task, then the chunks of each slot in order; reads x once."""
     cut = unpack(g)
     moments = np.empty((cut.group * cut.chunks, 4))
-    for task in prange(-(-cut.group // cut.slots) * cut.chunks):
+    for task in prange(tasks(g)):
         slot, slots, chunk = neighbours(g, task)
         chunk_moments(g, x, weights, slot, slots, chunk, moments)
     for slot in range(cut.group):
@@ -58,9 +56,10 @@ def moments_kernel(g, x, weights, mean, m2):
 
 @Twins
 def apply_kernel(g, x, y, mean, rstd, weight, bias, residual, activation):
-    """One stretch of memory per task; reads x and writes y once."""
-    for task in prange(stretches(g)):
-        apply_stretch(g, x, y, task, mean, rstd, weight, bias, residual, activation)
+    """One chunk of some slots per task; reads x and writes y once."""
+    for task in prange(tasks(g)):
+        slot, slots, chunk = neighbours(g, task)
+        apply_chunk(g, x, y, slot, slots, chunk, mean, rstd, weight, bias, residual, activation)
 
 
 @Twins
@@ -88,7 +87,7 @@ def grad_sums_kernel(
     """One chunk of some slots per task, then the chunks of each slot in order; reads x and dy once."""
     cut = unpack(g)
     sums = np.zeros((cut.group * cut.chunks, 4, cut.width))
-    for task in prange(-(-cut.group // cut.slots) * cut.chunks):
+    for task in prange(tasks(g)):
         slot, slots, chunk = neighbours(g, task)
         chunk_grad_sums(
             g, x, dy, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums
@@ -102,43 +101,19 @@ def input_grad_kernel(
     g, x, dy, dx, dresidual, mean, rstd, weight, bias, residual, activation, weights, sum_dz, sum_dz_x_hat,
     count, counts, constant,
 ):  # fmt: skip
-    """One stretch of memory per task; reads x and dy and writes dx once."""
+    """One chunk of some slots per task; reads x and dy and writes dx once."""
     group = unpack(g).group
     terms = np.empty((group, 5))
     for k in prange(group):
         slot_terms(
-            g,
-            x,
-            k,
-            mean[k],
-            rstd[k],
-            weight,
-            weights,
-            sum_dz,
-            sum_dz_x_hat,
-            count,
-            counts,
-            constant,
-            terms[k],
+            g, x, k, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, constant, terms[k]
         )
-    for task in prange(stretches(g)):
-        input_grad_stretch(
-            g,
-            x,
-            dy,
-            dx,
-            dresidual,
-            task,
-            mean,
-            rstd,
-            weight,
-            bias,
-            residual,
-            activation,
-            weights,
-            terms,
-            constant,
-        )
+    for task in prange(tasks(g)):
+        slot, slots, chunk = neighbours(g, task)
+        input_grad_chunk(
+            g, x, dy, dx, dresidual, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights,
+            terms, constant,
+        )  # fmt: skip
 
 
 @Twins
@@ -160,22 +135,10 @@ def backward_kernel(
         for k in range(first, first + slots):
             slot_sums(g, k, sums, sum_dz, sum_dz_x_hat)
             slot_terms(
-                g,
-                x,
-                k,
-                mean[k],
-                rstd[k],
-                weight,
-                weights,
-                sum_dz,
-                sum_dz_x_hat,
-                count,
-                counts,
-                False,
-                terms[k],
+                g, x, k, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, False, terms[k]
             )
         for chunk in range(chunks):
             input_grad_chunk(
                 g, x, dy, dx, dresidual, first, slots, chunk, mean, rstd, weight, bias, residual, activation,
-                weights, terms,
+                weights, terms, False,
             )  # fmt: skip

@@ -1,10 +1,10 @@
-"""What a task does to chunks of neighbouring slots, or to a stretch of memory."""
+"""What a task does to chunks of neighbouring slots."""
 
 from __future__ import annotations
 
-from nbnorm._cpu.cut import block, bounds, positions, runs, stretch, unpack
+from nbnorm._cpu.cut import block, bounds, positions, runs, unpack
 from nbnorm._cpu.lanes import fill
-from nbnorm._cpu.launch import helper, inlined
+from nbnorm._cpu.launch import helper
 from nbnorm._cpu.memory import row
 from nbnorm._cpu.segments import apply_segment, input_grad_segment, piece_grad_sums, summands
 from nbnorm._cpu.tiles import (
@@ -90,13 +90,6 @@ def run_affine(cut, x, slot, j, mean, rstd, weight, bias):
 
 
 @helper
-def apply_run(cut, x, y, residual, first, n, mean_hi, scale, shift, activation):
-    """Normalize neighbours that share their coefficients."""
-    own_residual = part(residual, first, n)
-    apply_segment(row(x, first, n), row(y, first, n), own_residual, mean_hi, scale, shift, activation)
-
-
-@helper
 def apply_chunk(g, x, y, slot, slots, chunk, mean, rstd, weight, bias, residual, activation):
     """Normalize one chunk of each of some slots, run by run."""
     cut = unpack(g)
@@ -106,24 +99,9 @@ def apply_chunk(g, x, y, slot, slots, chunk, mean, rstd, weight, bias, residual,
         start, n = bounds(cut, j, c0, cols)
         for r in range(r0, r0 + rows):
             for k in range(slot, slot + slots):
-                mean_hi, scale, shift = run_affine(cut, x, k, j, mean[k], rstd[k], weight, bias)
-                first = (r * cut.group + k) * cut.inner + start
-                apply_run(cut, x, y, residual, first, n, mean_hi, scale, shift, activation)
-
-
-@helper
-def apply_stretch(g, x, y, task, mean, rstd, weight, bias, residual, activation):
-    """Normalize segments in the order in which they lie in memory."""
-    cut = unpack(g)
-    first_segment, count, c0, cols = stretch(g, task)
-    first_run, end_run = runs(c0, cols, cut.run)
-    for segment in range(first_segment, first_segment + count):
-        slot = segment % cut.group
-        for j in range(first_run, end_run):
-            mean_hi, scale, shift = run_affine(cut, x, slot, j, mean[slot], rstd[slot], weight, bias)
-            start, n = bounds(cut, j, c0, cols)
-            first = segment * cut.inner + start
-            apply_run(cut, x, y, residual, first, n, mean_hi, scale, shift, activation)
+                i = (r * cut.group + k) * cut.inner + start
+                own = run_affine(cut, x, k, j, mean[k], rstd[k], weight, bias)
+                apply_segment(row(x, i, n), row(y, i, n), part(residual, i, n), *own, activation)
 
 
 @helper
@@ -184,9 +162,9 @@ def slot_terms(g, x, slot, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, co
     first = slot % cut.period * cut.width
     sum_g, sum_g_x_hat = weighted(weight, first, sum_dz, slot), weighted(weight, first, sum_dz_x_hat, slot)
     n = slot_count(count, counts, slot, cut.period)
-    terms[0], terms[1], _ = affine(mean, rstd, 1.0, 0.0, x)
+    terms[0], terms[1], _ = affine(mean[slot], rstd[slot], 1.0, 0.0, x)
     terms[2], terms[3], terms[4] = gradient_terms(
-        mean, rstd, sum_g, sum_g_x_hat, n, True, constant, weights is not None, x
+        mean[slot], rstd[slot], sum_g, sum_g_x_hat, n, True, constant, weights is not None, x
     )
 
 
@@ -201,43 +179,11 @@ def run_terms(cut, x, slot, j, mean, rstd, weight, bias, terms):
     )  # fmt: skip
 
 
-@inlined
-def input_grad_run(cut, x, dy, dx, dresidual, residual, activation, weights, i, n, terms, constant):
-    """Dx of ``n`` neighbours of one run, by its terms."""
-    arrays = (
-        row(x, i, n),
-        row(dy, i, n),
-        row(dx, i, n),
-        part(dresidual, i, n),
-        part(residual, i, n),
-        weights,
-    )
-    mean_hi, hat_scale, slope, offset, gain, scale, shift = terms
-    if constant:
-        input_grad_segment(*arrays, mean_hi, hat_scale, None, None, gain, scale, shift, activation)
-    else:
-        input_grad_segment(*arrays, mean_hi, hat_scale, slope, offset, gain, scale, shift, activation)
-
-
 @helper
 def input_grad_chunk(
-    g,
-    x,
-    dy,
-    dx,
-    dresidual,
-    slot,
-    slots,
-    chunk,
-    mean,
-    rstd,
-    weight,
-    bias,
-    residual,
-    activation,
-    weights,
-    terms,
-):
+    g, x, dy, dx, dresidual, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, terms,
+    constant,
+):  # fmt: skip
     """Dx of one chunk of each of some slots, run by run."""
     cut = unpack(g)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
@@ -246,27 +192,20 @@ def input_grad_chunk(
         start, n = bounds(cut, j, c0, cols)
         for r in range(r0, r0 + rows):
             for k in range(slot, slot + slots):
-                slot_weights = entry(weights, k // cut.period)
-                own = run_terms(cut, x, k, j, mean[k], rstd[k], weight, bias, terms[k])
                 i = (r * cut.group + k) * cut.inner + start
-                own_weights = positions(slot_weights, cut, r, j, start, n)
-                input_grad_run(cut, x, dy, dx, dresidual, residual, activation, own_weights, i, n, own, False)
-
-
-@helper
-def input_grad_stretch(
-    g, x, dy, dx, dresidual, task, mean, rstd, weight, bias, residual, activation, weights, terms, constant
-):
-    """Dx of segments in the order in which they lie in memory."""
-    cut = unpack(g)
-    first, count, c0, cols = stretch(g, task)
-    first_run, end_run = runs(c0, cols, cut.run)
-    for segment in range(first, first + count):
-        r, slot = segment // cut.group, segment % cut.group
-        slot_weights = entry(weights, slot // cut.period)
-        for j in range(first_run, end_run):
-            start, n = bounds(cut, j, c0, cols)
-            own = run_terms(cut, x, slot, j, mean[slot], rstd[slot], weight, bias, terms[slot])
-            own_weights = positions(slot_weights, cut, r, j, start, n)
-            i = segment * cut.inner + start
-            input_grad_run(cut, x, dy, dx, dresidual, residual, activation, own_weights, i, n, own, constant)
+                own_weights = positions(entry(weights, k // cut.period), cut, r, j, start, n)
+                arrays = (
+                    row(x, i, n),
+                    row(dy, i, n),
+                    row(dx, i, n),
+                    part(dresidual, i, n),
+                    part(residual, i, n),
+                )
+                mean_hi, hat_scale, slope, offset, gain, scale, shift = run_terms(
+                    cut, x, k, j, mean[k], rstd[k], weight, bias, terms[k]
+                )
+                own = (own_weights, mean_hi, hat_scale)
+                if constant:
+                    input_grad_segment(*arrays, *own, None, None, gain, scale, shift, activation)
+                else:
+                    input_grad_segment(*arrays, *own, slope, offset, gain, scale, shift, activation)
