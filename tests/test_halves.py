@@ -96,6 +96,15 @@ def test_rows(norm, dtype, rng, device):
 
 
 @on_halves
+def test_nan_stays_nan_whatever_its_bits(dtype):
+    """Quiet, signalling, with all bits set: none of them carries into the sign or becomes infinite."""
+    x = np.array([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]], dtype)
+    weight = np.array([0x7FC00000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0xFF800001, 0x3F800000], np.uint32)
+    y, _ = nbnorm.layer_norm_forward(x, weight.view(np.float32))
+    np.testing.assert_array_equal(np.isnan(y.astype(np.float32)), [[True] * 5 + [False]])
+
+
+@on_halves
 def test_other_norms_and_layouts(dtype, rng, device):
     """Group and instance norm, inference, an array with gaps: equal to batch norm's kernels on a reshaped array."""
     x = (rng.standard_normal((2, 6, 10)) * 2 + 1).astype(dtype)

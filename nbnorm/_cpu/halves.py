@@ -57,15 +57,17 @@ def _bfloat_to_float(typingctx, bits):
 
 @intrinsic
 def _float_to_bfloat(typingctx, value):
-    """Round to nearest, ties to even: add half a unit, less one if the last bit that stays is 0; NaN stays NaN."""
+    """Round to nearest, ties to even: add half a unit, less one if the last bit that stays is 0.
+
+    NaN is cut instead: the sum could carry into its sign, and a NaN that arithmetic made is one in its upper half.
+    """
 
     def generate(context, builder, signature, args):
         bits = builder.bitcast(args[0], _INT)
         odd = builder.and_(builder.lshr(bits, _INT(16)), _INT(1))
         rounded = builder.add(bits, builder.add(odd, _INT(0x7FFF)))
-        quiet = builder.or_(builder.and_(bits, _INT(0x80000000)), _INT(0x7FC00000))
-        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
-        return builder.trunc(builder.lshr(builder.select(is_nan, quiet, rounded), _INT(16)), _SHORT)
+        is_number = builder.fcmp_ordered("ord", args[0], args[0])
+        return builder.trunc(builder.lshr(builder.select(is_number, rounded, bits), _INT(16)), _SHORT)
 
     return types.int16(types.float32), generate
 

@@ -11,7 +11,7 @@ from math import isnan
 import numpy as np
 
 from nbnorm._cpu.halves import scratch, widen
-from nbnorm._cpu.launch import helper, reduction
+from nbnorm._cpu.launch import helper, inlined, reduction
 from nbnorm._cpu.memory import row
 from nbnorm._math import accumulate, add, by_type, is_none, normalize, rounded, settled
 
@@ -174,7 +174,7 @@ def corrected(mean, total, squares, n):
     return mean if isnan(correction) else mean + correction, 0.0 if m2 < 0.0 else m2
 
 
-@helper
+@inlined
 def tile_moments(x, weights, first, stride, rows, n):
     """Count, mean and m2 of ``rows`` segments of ``n`` neighbours, ``stride`` apart, in one pass of shifted sums.
 
@@ -198,7 +198,7 @@ def tile_moments(x, weights, first, stride, rows, n):
     return careful_tile_moments(x, weights, first, stride, rows, n)
 
 
-@helper
+@inlined
 def line_moments(x, weights, centered):
     """Count, mean and m2 of neighbours: their tiles merged in order; about zero if not centered."""
     n = mean = m2 = rest = 0.0
@@ -209,7 +209,10 @@ def line_moments(x, weights, centered):
             tile_n, tile_mean, tile_m2 = tile_moments(x, part(weights, i, size), i, 0, 1, size)
         else:
             tile_m2 = tile_squares(row(x, i, size))
-        n, mean, m2, rest = accumulate(n, mean, m2, rest, tile_n, tile_mean, tile_m2)
+        if i == 0:
+            n, mean, m2 = tile_n, tile_mean, tile_m2
+        else:
+            n, mean, m2, rest = accumulate(n, mean, m2, rest, tile_n, tile_mean, tile_m2)
     return n, mean, settled(m2, rest)
 
 

@@ -1,0 +1,194 @@
+"""What a task does to a band of rows, a few of them at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nbnorm._cpu.halves import scratch
+from nbnorm._cpu.lanes import fill
+from nbnorm._cpu.launch import helper, inlined
+from nbnorm._cpu.lines import (
+    apply_line,
+    input_grad_line,
+    parameter_grad_four,
+    parameter_grad_line,
+    piece_grad_sums,
+)
+from nbnorm._cpu.memory import row
+from nbnorm._cpu.spans import TOGETHER, band_rows, span, unpack
+from nbnorm._cpu.tiles import add_rows, line_moments, part, piece, settle_rows
+from nbnorm._math import affine, gradient_terms, merge, recentered, reciprocal_std
+
+
+@inlined
+def value_of(statistic, r):
+    """Element of the means, 0 where there are none."""
+    return 0.0 if statistic is None else statistic[r]
+
+
+@inlined
+def row_moments(g, x, r, mean, m2):
+    """Moments of a row, its chunks merged in order."""
+    n = row_mean = row_m2 = 0.0
+    for chunk in range(unpack(g).chunks):
+        first, size, _ = span(g, r, chunk)
+        part_n, part_mean, part_m2 = line_moments(row(x, first, size), None, mean is not None)
+        if chunk == 0:
+            n, row_mean, row_m2 = part_n, part_mean, part_m2
+        else:
+            n, row_mean, row_m2 = merge(n, row_mean, row_m2, part_n, part_mean, part_m2)
+    m2[r] = row_m2
+    if mean is not None:
+        mean[r] = row_mean
+
+
+@inlined
+def apply_chunk(g, x, y, r, chunk, mean, rstd, weight, bias):
+    """Normalize one chunk of a row."""
+    first, n, p = span(g, r, chunk)
+    mean_hi, scale, rest = affine(mean, rstd, 1.0, 0.0, x)
+    apply_line(row(x, first, n), row(y, first, n), mean_hi, scale, rest, part(weight, p, n), part(bias, p, n))
+
+
+@inlined
+def forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd):
+    """Moments and normalization of a band."""
+    cut = unpack(g)
+    start, end = band_rows(g, band)
+    n = np.float64(cut.inner)
+    for first in range(start, end, cut.together):
+        last = min(first + cut.together, end)
+        for r in range(first, last):
+            row_moments(g, x, r, mean, m2)
+            rstd[r] = reciprocal_std(m2[r], n, eps)
+        for r in range(first, last):
+            for chunk in range(cut.chunks):
+                apply_chunk(g, x, y, r, chunk, value_of(mean, r), rstd[r], weight, bias)
+
+
+@inlined
+def chunk_grad_sums(g, x, dy, r, chunk, mean, rstd, weight):
+    """Sums of g and of g * x_hat over one chunk of a row."""
+    first, n, p = span(g, r, chunk)
+    mean_hi, scale, _ = affine(mean, rstd, 1.0, 0.0, x)
+    sum_g = sum_g_x_hat = 0.0
+    for i in range(0, n, piece(x)):
+        size = min(piece(x), n - i)
+        a, b = piece_grad_sums(
+            row(x, first + i, size), row(dy, first + i, size), part(weight, p + i, size), mean_hi, scale
+        )
+        sum_g += a
+        sum_g_x_hat += b
+    return sum_g, recentered(sum_g_x_hat, sum_g, mean, mean_hi, rstd)
+
+
+@inlined
+def row_grad_sums(g, x, dy, r, mean, rstd, weight):
+    """Sums of g and of g * x_hat over a row."""
+    a = b = 0.0
+    for chunk in range(unpack(g).chunks):
+        part_a, part_b = chunk_grad_sums(g, x, dy, r, chunk, value_of(mean, r), rstd[r], weight)
+        a += part_a
+        b += part_b
+    return a, b
+
+
+@inlined
+def fill_terms(terms, mean, rstd, sum_g, sum_g_x_hat, n, centered, x):
+    """Coefficients of a row: mean, scale and rest of `normalize`, then slope, offset and gain of `input_gradient`."""
+    terms[0], terms[1], terms[2] = affine(mean, rstd, 1.0, 0.0, x)
+    terms[3], terms[4], terms[5] = gradient_terms(
+        mean, rstd, sum_g, sum_g_x_hat, n, centered, False, False, x
+    )
+
+
+@inlined
+def finish_rows(g, x, dy, dx, first, last, chunk, terms, weight, sums):
+    """Dx of one chunk of a few rows and their terms of the parameters' gradients, each only if there is room for it."""
+    cut = unpack(g)
+    if sums is not None:  # before dx, which may go into dy
+        if last - first == 4 and cut.period == 1:
+            i, n, p = span(g, first, chunk)
+            j, k, m = i + cut.inner, i + 2 * cut.inner, i + 3 * cut.inner
+            parameter_grad_four(
+                row(x, i, n), row(x, j, n), row(x, k, n), row(x, m, n),
+                row(dy, i, n), row(dy, j, n), row(dy, k, n), row(dy, m, n),
+                terms, row(sums[0], p, n), row(sums[1], p, n),
+            )  # fmt: skip
+        else:
+            for r in range(first, last):
+                i, n, p = span(g, r, chunk)
+                own = terms[r - first]
+                parameter_grad_line(
+                    row(x, i, n),
+                    row(dy, i, n),
+                    own[0],
+                    own[1],
+                    own[2],
+                    row(sums[0], p, n),
+                    row(sums[1], p, n),
+                )
+    if dx is not None:
+        for r in range(first, last):
+            i, n, p = span(g, r, chunk)
+            own = terms[r - first]
+            input_grad_line(
+                row(x, i, n), row(dy, i, n), row(dx, i, n), part(weight, p, n),
+                own[0], own[1], own[3], own[4], own[5],
+            )  # fmt: skip
+
+
+@inlined
+def clear(g, chunk, sums):
+    """Set the sums over one chunk of the columns to 0, if they are wanted."""
+    cut = unpack(g)
+    if sums is not None:
+        for k in range(cut.period):
+            _, n, p = span(g, k, chunk)
+            fill(row(sums[0], p, n), 0)
+            fill(row(sums[1], p, n), 0)
+
+
+@inlined
+def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_x_hat, own):
+    """Dx of one chunk of the columns of a band, a few rows at a time, for given sums."""
+    cut = unpack(g)
+    start, end = band_rows(g, band)
+    terms = scratch((TOGETHER, 6), x)
+    n = np.float64(cut.inner)
+    clear(g, chunk, own)
+    for first in range(start, end, cut.together):
+        last = min(first + cut.together, end)
+        for r in range(first, last):
+            a, b = value_of(sum_g, r), value_of(sum_g_x_hat, r)
+            fill_terms(terms[r - first], value_of(mean, r), rstd[r], a, b, n, mean is not None, x)
+        finish_rows(g, x, dy, dx, first, last, chunk, terms, weight, own)
+
+
+@inlined
+def backward_band(g, x, dy, dx, band, mean, rstd, weight, own):
+    """Sums and dx of a band, a few rows at a time."""
+    cut = unpack(g)
+    start, end = band_rows(g, band)
+    terms = scratch((TOGETHER, 6), x)
+    n = np.float64(cut.inner)
+    for chunk in range(cut.chunks):
+        clear(g, chunk, own)
+    for first in range(start, end, cut.together):
+        last = min(first + cut.together, end)
+        for r in range(first, last):
+            a, b = row_grad_sums(g, x, dy, r, mean, rstd, weight)
+            fill_terms(terms[r - first], value_of(mean, r), rstd[r], a, b, n, mean is not None, x)
+        for chunk in range(cut.chunks):
+            finish_rows(g, x, dy, dx, first, last, chunk, terms, weight, own)
+
+
+@helper
+def add_bands(sums, total, rest, i, first, n, bands):
+    """Add one of the sums over some columns."""
+    own, own_rest = row(total[i], first, n), row(rest[i], first, n)
+    fill(own, 0.0)
+    fill(own_rest, 0.0)
+    for band in range(bands):
+        add_rows(own, own_rest, row(sums[band, i], first, n))
+    settle_rows(own, own_rest)
