@@ -13,6 +13,8 @@ CASES = {
     "batch, rows": Case("batch", (100352, 64)),
     "layer": Case("layer", (8192, 1024)),
     "rms": Case("rms", (8192, 1024)),
+    "group": STAGE._replace(norm="group", num_groups=8),
+    "instance": STAGE._replace(norm="instance"),
 }
 
 
