@@ -55,19 +55,23 @@ def _bfloat_to_float(typingctx, bits):
     return types.float32(types.int16), generate
 
 
+def round_to_bfloat(builder, value):
+    """Emit the bits of a float32 whose upper half is the nearest bfloat16; ties to even.
+
+    That is half a unit more, less one if the last bit that stays is 0. NaN is cut instead: the sum could carry into its
+    sign, and a NaN that arithmetic made is one in its upper half.
+    """
+    bits = builder.bitcast(value, _INT)
+    odd = builder.and_(builder.lshr(bits, _INT(16)), _INT(1))
+    rounded = builder.add(bits, builder.add(odd, _INT(0x7FFF)))
+    is_number = builder.fcmp_ordered("ord", value, value)
+    return builder.select(is_number, rounded, bits)
+
+
 @intrinsic
 def _float_to_bfloat(typingctx, value):
-    """Round to nearest, ties to even: add half a unit, less one if the last bit that stays is 0.
-
-    NaN is cut instead: the sum could carry into its sign, and a NaN that arithmetic made is one in its upper half.
-    """
-
     def generate(context, builder, signature, args):
-        bits = builder.bitcast(args[0], _INT)
-        odd = builder.and_(builder.lshr(bits, _INT(16)), _INT(1))
-        rounded = builder.add(bits, builder.add(odd, _INT(0x7FFF)))
-        is_number = builder.fcmp_ordered("ord", args[0], args[0])
-        return builder.trunc(builder.lshr(builder.select(is_number, rounded, bits), _INT(16)), _SHORT)
+        return builder.trunc(builder.lshr(round_to_bfloat(builder, args[0]), _INT(16)), _SHORT)
 
     return types.int16(types.float32), generate
 

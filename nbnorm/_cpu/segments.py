@@ -2,20 +2,55 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from numba import types
+
 from nbnorm._activation import activate, activation_gradient
 from nbnorm._cpu.halves import narrow, widen
 from nbnorm._cpu.launch import helper, inlined, reduction
 from nbnorm._cpu.memory import row
+from nbnorm._cpu.pairs import joined, lower, upper, words
 from nbnorm._cpu.tiles import before_activation
-from nbnorm._math import by_type, input_gradient, is_none, rounded, standardize
+from nbnorm._math import by_type, input_gradient, is_none, normalize, rounded, standardize
+
+
+def apply_segment(x, y, residual, mean_hi, scale, shift, activation):
+    """Normalize neighbours that share their coefficients."""
+    apply_elements(x, y, residual, mean_hi, scale, shift, activation)
+
+
+@by_type(apply_segment)
+def _apply_segment(x, y, residual, mean_hi, scale, shift, activation):
+    if x.dtype == types.int16 and is_none(residual):
+        return lambda x, y, residual, mean_hi, scale, shift, activation: apply_words(
+            x, y, mean_hi, scale, shift, activation
+        )
+    return lambda x, y, residual, mean_hi, scale, shift, activation: apply_elements(
+        x, y, residual, mean_hi, scale, shift, activation
+    )
 
 
 @helper
-def apply_segment(x, y, residual, mean_hi, scale, shift, activation):
-    """Normalize neighbours that share their coefficients."""
+def apply_elements(x, y, residual, mean_hi, scale, shift, activation):
+    """Normalize one element after the other."""
     for i in range(x.shape[0]):
         z = before_activation(widen(x[i]), residual, i, mean_hi, scale, shift)
         y[i] = narrow(activate(z, activation), y)
+
+
+@helper
+def apply_words(x, y, mean_hi, scale, shift, activation):
+    """Normalize bfloat16, two at a time."""
+    x_words: Any = words(x)
+    y_words: Any = words(y)
+    for i in range(x_words.shape[0]):
+        low = normalize(lower(x_words[i]), mean_hi, scale, shift)
+        high = normalize(upper(x_words[i]), mean_hi, scale, shift)
+        y_words[i] = joined(activate(low, activation), activate(high, activation))
+    last = 2 * x_words.shape[0]
+    odd = x.shape[0] - last
+    apply_elements(row(x, last, odd), row(y, last, odd), None, mean_hi, scale, shift, activation)
 
 
 @reduction

@@ -1,0 +1,67 @@
+"""bfloat16 two at a time, as they lie in one word of 32 bits.
+
+Each half of a word becomes a float32 by one operation, and two of these are rounded into one word, where single
+elements have to be widened before and packed after: a third less time for a line that is in cache
+(benchmarks/bench_halves.py).
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.core.imputils import impl_ret_borrowed
+from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
+
+from nbnorm._cpu.halves import round_to_bfloat
+
+_FLOAT, _WORD = ir.FloatType(), ir.IntType(32)
+_SHIFT, _UPPER = _WORD(16), _WORD(0xFFFF0000)
+
+
+@intrinsic
+def words(typingctx, x):
+    """View neighbours as words, wherever in memory they start; an odd last one is left out. As for `memory.row`."""
+    result = types.Array(types.uint32, 1, "C", readonly=not x.mutable, aligned=False)
+
+    def generate(context, builder, signature, args):
+        source = context.make_array(x)(context, builder, args[0])
+        target = context.make_array(result)(context, builder)
+        itemsize = context.get_constant(types.intp, 4)
+        data = builder.bitcast(source.data, context.get_data_type(types.uint32).as_pointer())
+        size = builder.lshr(builder.extract_value(source.shape, 0), context.get_constant(types.intp, 1))
+        populate_array(target, data=data, shape=[size], strides=[itemsize], itemsize=itemsize, meminfo=None)
+        return impl_ret_borrowed(context, builder, result, target._getvalue())
+
+    return result(x), generate
+
+
+@intrinsic
+def lower(typingctx, word):
+    """Widen the lower half of a word."""
+
+    def generate(context, builder, signature, args):
+        return builder.bitcast(builder.shl(args[0], _SHIFT), _FLOAT)
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic
+def upper(typingctx, word):
+    """Widen the upper half of a word."""
+
+    def generate(context, builder, signature, args):
+        return builder.bitcast(builder.and_(args[0], _UPPER), _FLOAT)
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic
+def joined(typingctx, low, high):
+    """Round two values into the halves of a word."""
+
+    def generate(context, builder, signature, args):
+        low, high = (round_to_bfloat(builder, value) for value in args)
+        return builder.or_(builder.lshr(low, _SHIFT), builder.and_(high, _UPPER))
+
+    return types.uint32(types.float32, types.float32), generate
