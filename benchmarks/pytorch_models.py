@@ -138,6 +138,10 @@ CALLS: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], Tensor]]] = {
         lambda n: nn.BatchNorm2d(64),
         lambda n: torch.randn(max(2, n // 12544), 64, 14, 14).contiguous(memory_format=torch.channels_last),
     ),
+    "batch, channels last, large": (
+        lambda n: nn.BatchNorm2d(64),
+        lambda n: torch.randn(max(2, n // 12544), 64, 112, 112).contiguous(memory_format=torch.channels_last),
+    ),
     "batch, rows": (lambda n: nn.BatchNorm1d(256), lambda n: torch.randn(max(2, n // 256), 256)),
     "layer": (lambda n: nn.LayerNorm(256), lambda n: torch.randn(max(2, n // 256), 256)),
     "rms": (lambda n: nn.RMSNorm(256), lambda n: torch.randn(max(2, n // 256), 256)),

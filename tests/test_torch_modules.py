@@ -5,6 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import nbnorm.torch  # noqa: E402
+from nbnorm.torch import _bridge  # noqa: E402
 from torch_cases import (  # noqa: E402
     NORMS,
     VARIANTS,
@@ -147,6 +148,27 @@ def test_half_precision(norm, dtype, whole):
         what = parameters[name].grad.to(gradient.dtype)
         assert_close(gradient, what, f"d{name}", roundings=2, size=x.numel() ** 0.5)
     assert_same_state(ours, theirs.to(ours.weight.dtype), roundings=2)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_results_are_tensors_as_any_other(dtype, memory_format):
+    """NumPy's memory under them: layout, changes in place, gradients.
+
+    In float64, as PyTorch adds up long columns of float32 one by one and is off by some 1e-4 itself.
+    """
+    theirs, ours = torch.nn.BatchNorm2d(8, dtype=torch.float64), nbnorm.torch.BatchNorm2d(8)
+    x = torch.randn(4, 8, 260, 260).to(dtype, memory_format=memory_format)
+    assert x.nbytes >= _bridge.HUGE_PAGES
+    y, expected = ours(x), theirs(x.double())
+    assert computed_by_nbnorm(y)
+    assert not y._is_view()
+    assert y.stride() == x.stride()
+    assert y.is_contiguous(memory_format=memory_format)
+    y.relu_().sum().backward()
+    expected.relu_().sum().backward()
+    assert_close(y, expected.to(dtype), "y")
+    assert_close(ours.weight.grad, theirs.weight.grad.float(), "dweight", size=x.numel() ** 0.5)
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # PyTorch's, of its own RMSNorm

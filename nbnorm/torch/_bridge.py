@@ -27,6 +27,9 @@ DTYPES: dict[torch.dtype, np.dtype[Any]] = {
 if ml_dtypes is not None:
     DTYPES[torch.bfloat16] = np.dtype(ml_dtypes.bfloat16)
 
+HUGE_PAGES = 1 << 22
+"""Bytes from which on NumPy asks for huge pages."""
+
 _MAX_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
 
@@ -50,6 +53,19 @@ def tensor(values: Array) -> torch.Tensor:
     if values.dtype.kind == "f":
         return torch.from_numpy(values)
     return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+
+
+def empty_like(x: torch.Tensor) -> torch.Tensor:
+    """Return an uninitialized tensor in the layout of another one; a large one in memory that NumPy has allocated.
+
+    NumPy asks Linux for pages of 2 MB, PyTorch does not: touching new memory for the first time is then a matter of a
+    few faults instead of 256 per MB, half the time of a backward call on 50 MB.
+    """
+    if x.numel() * x.element_size() < HUGE_PAGES:
+        return torch.empty_like(x)
+    strides = torch.empty_like(x, device="meta").stride()
+    memory = torch.from_numpy(np.empty(x.numel() * x.element_size(), np.uint8)).untyped_storage()
+    return torch.empty(0, dtype=x.dtype).set_(memory, 0, x.shape, strides)  # a view would forbid y.relu_()
 
 
 def strided_on_cpu(x: Any) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from nbnorm import _call, functional, group_norms, layer_norms, running
 from nbnorm.moments import Moments
 from nbnorm.saved import Saved
-from nbnorm.torch._bridge import array, optional, tensor, with_torch_threads
+from nbnorm.torch._bridge import array, empty_like, optional, tensor, with_torch_threads
 
 MaybeTensor: TypeAlias = Tensor | None
 
@@ -61,7 +61,7 @@ Gradients: TypeAlias = tuple[MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]
 @with_torch_threads
 def inference(inputs: Inputs, mean: Tensor, var: Tensor, spec: Spec) -> Tensor:
     """Normalize by given statistics; nothing is kept."""
-    y = torch.empty_like(inputs.x)
+    y = empty_like(inputs.x)
     x, weight, bias, residual = map(optional, inputs)
     functional.batch_norm_inference(
         x, array(mean), array(var), weight, bias, eps=spec.eps, activation=spec.activation or None,
@@ -75,7 +75,7 @@ def forward(
     inputs: Inputs, spec: Spec, constants: tuple[Tensor, Tensor] | None = None, tracked: Running | None = None
 ) -> tuple[Tensor, Statistics]:
     """Normalize by x's own statistics, which enter ``tracked``, or by the constant mean and variance."""
-    y = torch.empty_like(inputs.x)
+    y = empty_like(inputs.x)
     x, weight, bias, residual = map(optional, inputs)
     options: dict[str, Any] = {"eps": spec.eps, "out": array(y)}
     if spec.norm == "layer_norm":
@@ -130,8 +130,8 @@ def backward(
     saved = _record(inputs, statistics, spec, constant)
     names = ["dx", "dweight", "dbias", "dresidual"][: 3 + saved.with_residual]
     wanted = [name for name, needed in zip(names, need, strict=False) if needed]
-    dx = torch.empty_like(inputs.x) if need[0] else None
-    dresidual = torch.empty_like(inputs.x) if "dresidual" in wanted else None
+    dx = empty_like(inputs.x) if need[0] else None
+    dresidual = empty_like(inputs.x) if "dresidual" in wanted else None
     into = (optional(dx), None, None, optional(dresidual))[: len(names)]
     if spec.norm == "rms_norm":
         gradients = layer_norms.rms_norm_backward(array(dy), saved, need=wanted, out=into[:2])
