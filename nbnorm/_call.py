@@ -122,7 +122,8 @@ def _call(
         _checks.shape("residual", residual, source.shape)
         _checks.dtype("residual", residual, source.dtype)
     if out is not None:
-        _checks.out("out", out, source.shape, source.dtype)
+        if not _checks.fitting(out, source):
+            _checks.out("out", out, source.shape, source.dtype)
         _checks.disjoint_from_parameters("out", out, weight, bias)
     _checks.together(_TOGETHER, (source, weight, bias, residual, out))
     if weights is not None:
