@@ -1,6 +1,7 @@
 """What stands behind choices of the package that no other benchmark shows: `python -m benchmarks.choices`.
 
-Chunks of columns (`nbnorm/_cpu/grid.py`), and slots that one task takes together (`nbnorm/_cpu/cut.py`).
+Chunks of columns (`nbnorm/_cpu/grid.py`), slots that one task takes together (`nbnorm/_cpu/cut.py`), and rows that are
+taken together (`nbnorm/_cpu/spans.py`).
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import numpy as np
 
 with suppress(ImportError):  # asv reads every file of this folder, with versions that lack them
     import nbnorm
-    from nbnorm._cpu import columns, cut, grid, planes
-    from nbnorm._view import batch_view
+    from nbnorm._cpu import columns, cut, grid, planes, rows, spans
+    from nbnorm._view import batch_view, trailing_view
 
 from .common import Case, batch, best
 
@@ -37,6 +38,17 @@ def show(title: str, calls: dict[Any, Callable[[], object]]) -> None:
     seconds = best(*calls.values())
     times = ", ".join(f"{name} {s / seconds[0]:.2f}" for name, s in zip(calls, seconds, strict=True))
     print(f"{title}: {times} x {seconds[0] * 1e6:.1f} us")
+
+
+def with_cut(walk: Any, cut: Any, call: Callable[[], object]) -> Callable[[], object]:
+    """Return a call whose traversal cuts arrays in another way."""
+    g = np.array(cut)
+
+    def run() -> None:
+        with patch.object(walk, "geometry", lambda *arguments: g):
+            call()
+
+    return run
 
 
 def chunks() -> None:
@@ -65,23 +77,36 @@ def together() -> None:
         y, saved = nbnorm.batch_norm_forward(b.x, *parameters)
         out = nbnorm.batch_norm_backward(b.dy, saved)
 
-        def taking(call: Callable[[], object], slots: int, chosen=chosen) -> Callable[[], object]:
-            def run() -> None:
-                with patch.object(planes, "geometry", lambda *arguments: g):
-                    call()
-
-            g = np.array(chosen._replace(slots=slots))
-            return run
-
         forward = partial(nbnorm.batch_norm_forward, b.x, *parameters, out=y)
         backward = partial(nbnorm.batch_norm_backward, b.dy, saved, out=out)
         for name, call in (("forward", forward), ("backward", backward)):
-            calls = {slots: taking(call, slots) for slots in sorted({1, 2, 4, 8, 16, 32, chosen.slots})}
+            calls: dict[Any, Callable[[], object]] = {
+                slots: with_cut(planes, chosen._replace(slots=slots), call)
+                for slots in sorted({1, 2, 4, 8, 16, 32, chosen.slots})
+            }
             # Another call between them, as in a network: what a call leaves in the caches is not what it finds.
             calls["copy"] = lambda b=b, dx=out[0]: np.copyto(dx, b.dy)
             show(f"slots together, {name} {shape}, chosen {chosen.slots}", calls)
 
 
+def rows_together() -> None:
+    """Layer norm with rows one by one and four together, up to some that are too long for it."""
+    for shape in ((65536, 96), (4096, 768), (1024, 4096), (256, 16384), (256, 32768), (128, 50257)):
+        b = batch(Case("layer", shape))
+        view = trailing_view(b.x.shape, b.x.strides, b.x.itemsize, 1)
+        assert view is not None
+        chosen = spans.Cut(*(int(n) for n in rows.geometry(view, 2)))
+        y, saved = nbnorm.layer_norm_forward(b.x, *b.parameters)
+        out = nbnorm.layer_norm_backward(b.dy, saved)
+
+        forward = partial(nbnorm.layer_norm_forward, b.x, *b.parameters, out=y)
+        backward = partial(nbnorm.layer_norm_backward, b.dy, saved, out=out)
+        for name, call in (("forward", forward), ("backward", backward)):
+            calls = {n: with_cut(rows, chosen._replace(together=n), call) for n in (1, 4)}
+            show(f"rows together, {name} {shape}", calls)
+
+
 if __name__ == "__main__":
     chunks()
     together()
+    rows_together()

@@ -16,7 +16,7 @@ from nbnorm._view import View
 BAND_ROWS = 128
 MIN_BANDS = 8
 # Rows that are taken together, so that one's coefficients are computed while the next one is read and the parameters'
-# sums are read and written once for all of them; longer ones would leave the cache.
+# sums are read and written once for all of them; longer ones would leave the cache (benchmarks/choices.py).
 TOGETHER = 4
 LONG_ROW = 16384
 

@@ -1,0 +1,70 @@
+"""Where do the microseconds of a small call go? `python -m benchmarks.small_call` takes one of (32, 64) apart.
+
+The steps are timed alone, one after the other, so that their sum misses what lies between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import numpy as np
+
+with suppress(ImportError):  # asv reads every file of this folder, with versions that lack them
+    import nbnorm
+    from nbnorm import _batch, _call, _cpu, _gradients, _layout
+    from nbnorm._cpu import columns
+
+from .common import best
+
+SHAPE = (32, 64)
+
+
+def steps() -> dict[str, dict[str, Callable[[], object]]]:
+    """Return the steps of forward and backward, the whole call first."""
+    rng = np.random.default_rng(0)
+    x, dy, y, dx = (rng.standard_normal(SHAPE, np.float32) for _ in range(4))
+    weight, bias, dweight, dbias = (np.ones(SHAPE[1], np.float32) for _ in range(4))
+    call = _call.batch_call("batch_norm_forward", x, weight, bias, 1e-5, 1, y)
+    _, saved = nbnorm.batch_norm_forward(x, weight, bias, out=y)
+    view, count, mean, rstd, m2 = saved.view, saved.count, saved.mean, saved.rstd, saved.m2
+    g, sums = columns.geometry(view, 1), np.zeros((2, view.slots, view.width))
+    lines = x.reshape(-1), dy.reshape(-1), y.reshape(-1), dx.reshape(-1)
+    names, likes, outs = ("dx", "dweight", "dbias"), (x, weight, bias), (dx, dweight, dbias)
+    options = (weight, bias, None, None, None)
+    return {
+        "forward": {
+            "call": lambda: nbnorm.batch_norm_forward(x, weight, bias, out=y),
+            "checks and plan": lambda: _call.batch_call(
+                "batch_norm_forward", x, weight, bias, 1e-5, 1, y, _call.Options()
+            ),
+            "settings": lambda: _batch.training(0.1, 1, "error", "propagate"),
+            "where to write": lambda: _layout.workspace(y, x, x),
+            "backend": lambda: _cpu.forward(view, x, y, call.epilogue, 1e-5),
+            "of it the kernel": lambda: columns.forward_kernel(
+                1, g, lines[0], lines[2], *options, 1e-5, mean, m2, rstd
+            ),
+            "what backward needs": lambda: _call.save(call, "batch_norm", mean, rstd, count, m2),
+        },
+        "backward": {
+            "call": lambda: nbnorm.batch_norm_backward(dy, saved, out=outs),
+            "checks of dy": lambda: _gradients.gradient(dy, saved),
+            "checks of buffers": lambda: _gradients._buffers(outs, names, likes, [True] * 3, saved),
+            "backend": lambda: _cpu.backward(view, x, dy, dx, None, mean, rstd, call.epilogue, count),
+            "of it the kernel": lambda: columns.backward_kernel(
+                1, g, lines[0], lines[1], lines[3], None, mean, rstd, *options, *sums, float(count), None
+            ),
+            "parameters' gradients": lambda: [_gradients._cast(mean, weight, dweight) for _ in range(2)],
+        },
+    }
+
+
+def main() -> None:
+    """Print the microseconds of each step."""
+    for operation, parts in steps().items():
+        for name, seconds in zip(parts, best(*parts.values()), strict=True):
+            print(f"{operation:10} {name:24} {seconds * 1e6:6.1f} us", flush=True)
+
+
+if __name__ == "__main__":
+    main()
