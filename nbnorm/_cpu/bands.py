@@ -50,7 +50,7 @@ def apply_chunk(g, x, y, r, chunk, mean, rstd, weight, bias):
     apply_line(row(x, first, n), row(y, first, n), mean_hi, scale, rest, part(weight, p, n), part(bias, p, n))
 
 
-@inlined
+@helper
 def forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd):
     """Moments and normalization of a band."""
     cut = unpack(g)
@@ -107,7 +107,7 @@ def finish_rows(g, x, dy, dx, first, last, chunk, terms, weight, sums):
     """Dx of one chunk of a few rows and their terms of the parameters' gradients, each only if there is room for it."""
     cut = unpack(g)
     if sums is not None:  # before dx, which may go into dy
-        if last - first == 4 and cut.period == 1:
+        if last - first == TOGETHER and cut.period == 1:
             i, n, p = span(g, first, chunk)
             j, k, m = i + cut.inner, i + 2 * cut.inner, i + 3 * cut.inner
             parameter_grad_four(
@@ -149,7 +149,7 @@ def clear(g, chunk, sums):
             fill(row(sums[1], p, n), 0)
 
 
-@inlined
+@helper
 def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_x_hat, own):
     """Dx of one chunk of the columns of a band, a few rows at a time, for given sums."""
     cut = unpack(g)
@@ -157,15 +157,15 @@ def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_
     terms = scratch((TOGETHER, 6), x)
     n = np.float64(cut.inner)
     clear(g, chunk, own)
-    for first in range(start, end, cut.together):
-        last = min(first + cut.together, end)
+    for first in range(start, end, TOGETHER):
+        last = min(first + TOGETHER, end)
         for r in range(first, last):
             a, b = value_of(sum_g, r), value_of(sum_g_x_hat, r)
             fill_terms(terms[r - first], value_of(mean, r), rstd[r], a, b, n, mean is not None, x)
         finish_rows(g, x, dy, dx, first, last, chunk, terms, weight, own)
 
 
-@inlined
+@helper
 def backward_band(g, x, dy, dx, band, mean, rstd, weight, own):
     """Sums and dx of a band, a few rows at a time."""
     cut = unpack(g)
@@ -174,8 +174,8 @@ def backward_band(g, x, dy, dx, band, mean, rstd, weight, own):
     n = np.float64(cut.inner)
     for chunk in range(cut.chunks):
         clear(g, chunk, own)
-    for first in range(start, end, cut.together):
-        last = min(first + cut.together, end)
+    for first in range(start, end, TOGETHER):
+        last = min(first + TOGETHER, end)
         for r in range(first, last):
             a, b = row_grad_sums(g, x, dy, r, mean, rstd, weight)
             fill_terms(terms[r - first], value_of(mean, r), rstd[r], a, b, n, mean is not None, x)

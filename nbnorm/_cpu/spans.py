@@ -15,14 +15,17 @@ from nbnorm._view import View
 # a quarter as many additions, before float64 takes over. Fewer where that leaves less than MIN_BANDS.
 BAND_ROWS = 128
 MIN_BANDS = 8
-# Rows that are taken together, so that one's coefficients are computed while the next one is read and the parameters'
-# sums are read and written once for all of them; longer ones would leave the cache (benchmarks/choices.py).
+# Rows that backward takes together: one's coefficients are computed while the next one is read, and the parameters'
+# sums are read and written once for all of them.
 TOGETHER = 4
-LONG_ROW = 16384
+# Rows that forward takes together, up to so many columns: a fifth less time, but half as much more with 1024
+# columns (benchmarks/choices.py).
+PAIR = 2
+SHORT_ROW = 256
 
 
 class Cut(NamedTuple):
-    """How rows are cut: `View` sizes, then rows of a band, columns of a chunk, and how many there are."""
+    """How rows are cut: `View` sizes, then rows of a band, columns of a chunk, and how many there are of both."""
 
     rows: int
     inner: int
@@ -31,7 +34,7 @@ class Cut(NamedTuple):
     chunk: int
     bands: int
     chunks: int
-    together: int
+    together: int  # rows that forward takes together
 
 
 @lru_cache(maxsize=4096)
@@ -43,7 +46,7 @@ def geometry(view: View, threads: int, masked: bool = False) -> np.ndarray:
     rows, inner = view.slots, view.inner
     wanted = min(max(MIN_BANDS, rows // BAND_ROWS), -(-rows * inner // CHUNK))
     band = min(BAND_ROWS, -(-rows // max(wanted, 1)))
-    together = TOGETHER if inner <= LONG_ROW else 1
+    together = PAIR if inner <= SHORT_ROW else 1
     cut = Cut(rows, inner, view.period, band, CHUNK, -(-rows // band), -(-inner // CHUNK), together)
     return np.array(cut)
 
