@@ -1,5 +1,6 @@
 """Layer, RMS, group and instance norm against the reference, and the equations that hold between them."""
 
+import tracemalloc
 from dataclasses import dataclass
 
 import numpy as np
@@ -402,3 +403,28 @@ def test_no_channels():
     y, saved = nbnorm.instance_norm_forward(x, none, none)
     dx, dweight, dbias = nbnorm.instance_norm_backward(x, saved)
     assert (y.shape, dx.shape, dweight.shape, dbias.shape) == (x.shape, x.shape, (0,), (0,))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 16])
+@pytest.mark.parametrize("samples", [127, 512])
+def test_sums_over_many_samples(groups, samples, rng):
+    """Terms that all round one way: chains of float32 additions must be short, whatever the number of groups."""
+    x = rng.standard_normal((samples, 64), np.float32)
+    dy = np.broadcast_to(1 + rng.random(64, np.float32), x.shape).copy()
+    _, saved = nbnorm.group_norm_forward(x, groups, np.ones(64, np.float32), np.zeros(64, np.float32))
+    dbias = nbnorm.group_norm_backward(dy, saved)[2]
+    wanted = dy.astype(np.float64).sum(axis=0)
+    assert (np.abs(dbias - wanted) <= 4 * oracle.eps(np.float32) * wanted).all()
+
+
+def test_sums_of_many_groups_take_little_memory(rng):
+    """Group norm of (N, C): what the parameters' gradients need stays below x, however many rows there are."""
+    x = rng.standard_normal((512, 1024), np.float32)
+    out = np.empty_like(x), *np.empty((2, 1024), np.float32)
+    _, saved = nbnorm.group_norm_forward(x, 512, *np.ones((2, 1024), np.float32))
+    nbnorm.group_norm_backward(x, saved, out=out)
+    tracemalloc.start()
+    nbnorm.group_norm_backward(x, saved, out=out)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < x.nbytes / 4

@@ -1,4 +1,4 @@
-"""What a task does to a band of rows, a few of them at a time."""
+"""What a task does to a band of samples, a few of them at a time."""
 
 from __future__ import annotations
 
@@ -7,33 +7,27 @@ import numpy as np
 from nbnorm._cpu.halves import scratch
 from nbnorm._cpu.lanes import fill
 from nbnorm._cpu.launch import helper, inlined
-from nbnorm._cpu.lines import (
-    apply_line,
-    input_grad_line,
-    parameter_grad_four,
-    parameter_grad_line,
-    piece_grad_sums,
-)
+from nbnorm._cpu.lines import apply_line, input_grad_line, parameter_grad_four, parameter_grad_line
 from nbnorm._cpu.memory import row
-from nbnorm._cpu.spans import TOGETHER, band_rows, span, unpack
-from nbnorm._cpu.tiles import add_rows, line_moments, part, piece, settle_rows
+from nbnorm._cpu.spans import BACKWARD_STEP, samples_of, span, unpack
+from nbnorm._cpu.tiles import add_rows, line_moments, part, piece, piece_grad_sums, settle_rows
 from nbnorm._math import affine, gradient_terms, merge, recentered, reciprocal_std
 
 
 @inlined
 def value_of(statistic, r):
-    """Element of the means, 0 where there are none."""
+    """Element of the means or sums, 0 where there are none."""
     return 0.0 if statistic is None else statistic[r]
 
 
 @inlined
 def row_moments(g, x, r, mean, m2):
-    """Moments of a row, its chunks merged in order."""
+    """Moments of a row, its chunks merged in order, as the kernel of moments alone does it."""
     n = row_mean = row_m2 = 0.0
     for chunk in range(unpack(g).chunks):
         first, size, _ = span(g, r, chunk)
         part_n, part_mean, part_m2 = line_moments(row(x, first, size), None, mean is not None)
-        if chunk == 0:
+        if chunk == 0:  # as `merge` would have it, at a tenth of the time of a short row
             n, row_mean, row_m2 = part_n, part_mean, part_m2
         else:
             n, row_mean, row_m2 = merge(n, row_mean, row_m2, part_n, part_mean, part_m2)
@@ -54,10 +48,10 @@ def apply_chunk(g, x, y, r, chunk, mean, rstd, weight, bias):
 def forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd):
     """Moments and normalization of a band."""
     cut = unpack(g)
-    start, end = band_rows(g, band)
+    start, end = samples_of(g, band)
     n = np.float64(cut.inner)
-    for first in range(start, end, cut.together):
-        last = min(first + cut.together, end)
+    for first in range(start * cut.period, end * cut.period, cut.step):
+        last = min(first + cut.step, end * cut.period)
         for r in range(first, last):
             row_moments(g, x, r, mean, m2)
             rstd[r] = reciprocal_std(m2[r], n, eps)
@@ -103,39 +97,33 @@ def fill_terms(terms, mean, rstd, sum_g, sum_g_x_hat, n, centered, x):
 
 
 @inlined
-def finish_rows(g, x, dy, dx, first, last, chunk, terms, weight, sums):
-    """Dx of one chunk of a few rows and their terms of the parameters' gradients, each only if there is room for it."""
+def parameter_grads(g, x, dy, first, rows, chunk, terms, sums):
+    """Add what one chunk of a few rows, each a sample behind the other, contributes to the parameters' gradients."""
     cut = unpack(g)
+    stride = cut.period * cut.inner
+    i, n, p = span(g, first, chunk)
+    sum_dz, sum_dz_x_hat = row(sums[0], p, n), row(sums[1], p, n)
+    if rows == BACKWARD_STEP:
+        j, k, m = i + stride, i + 2 * stride, i + 3 * stride
+        parameter_grad_four(
+            row(x, i, n), row(x, j, n), row(x, k, n), row(x, m, n),
+            row(dy, i, n), row(dy, j, n), row(dy, k, n), row(dy, m, n), terms, sum_dz, sum_dz_x_hat,
+        )  # fmt: skip
+    else:
+        for k in range(rows):
+            at = i + k * stride
+            parameter_grad_line(row(x, at, n), row(dy, at, n), terms[k], sum_dz, sum_dz_x_hat)
+
+
+@inlined
+def finish_rows(g, x, dy, dx, first, rows, chunk, terms, weight, sums):
+    """Gradients of one chunk of a few rows, each a sample behind the other, as far as there is room for them."""
     if sums is not None:  # before dx, which may go into dy
-        if last - first == TOGETHER and cut.period == 1:
-            i, n, p = span(g, first, chunk)
-            j, k, m = i + cut.inner, i + 2 * cut.inner, i + 3 * cut.inner
-            parameter_grad_four(
-                row(x, i, n), row(x, j, n), row(x, k, n), row(x, m, n),
-                row(dy, i, n), row(dy, j, n), row(dy, k, n), row(dy, m, n),
-                terms, row(sums[0], p, n), row(sums[1], p, n),
-            )  # fmt: skip
-        else:
-            for r in range(first, last):
-                i, n, p = span(g, r, chunk)
-                own = terms[r - first]
-                parameter_grad_line(
-                    row(x, i, n),
-                    row(dy, i, n),
-                    own[0],
-                    own[1],
-                    own[2],
-                    row(sums[0], p, n),
-                    row(sums[1], p, n),
-                )
+        parameter_grads(g, x, dy, first, rows, chunk, terms, sums)
     if dx is not None:
-        for r in range(first, last):
-            i, n, p = span(g, r, chunk)
-            own = terms[r - first]
-            input_grad_line(
-                row(x, i, n), row(dy, i, n), row(dx, i, n), part(weight, p, n),
-                own[0], own[1], own[3], own[4], own[5],
-            )  # fmt: skip
+        for k in range(rows):
+            i, n, p = span(g, first + k * unpack(g).period, chunk)
+            input_grad_line(row(x, i, n), row(dy, i, n), row(dx, i, n), part(weight, p, n), terms[k])
 
 
 @inlined
@@ -151,41 +139,45 @@ def clear(g, chunk, sums):
 
 @helper
 def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_x_hat, own):
-    """Dx of one chunk of the columns of a band, a few rows at a time, for given sums."""
+    """Gradients of one chunk of the columns of a band, as far as there is room for them, for given sums over rows."""
     cut = unpack(g)
-    start, end = band_rows(g, band)
-    terms = scratch((TOGETHER, 6), x)
+    start, end = samples_of(g, band)
+    terms = scratch((BACKWARD_STEP, 6), x)
     n = np.float64(cut.inner)
     clear(g, chunk, own)
-    for first in range(start, end, TOGETHER):
-        last = min(first + TOGETHER, end)
-        for r in range(first, last):
-            a, b = value_of(sum_g, r), value_of(sum_g_x_hat, r)
-            fill_terms(terms[r - first], value_of(mean, r), rstd[r], a, b, n, mean is not None, x)
-        finish_rows(g, x, dy, dx, first, last, chunk, terms, weight, own)
+    for sample in range(start, end, BACKWARD_STEP):
+        rows = min(BACKWARD_STEP, end - sample)
+        for first in range(sample * cut.period, (sample + 1) * cut.period):
+            for k in range(rows):
+                r = first + k * cut.period
+                a, b = value_of(sum_g, r), value_of(sum_g_x_hat, r)
+                fill_terms(terms[k], value_of(mean, r), rstd[r], a, b, n, mean is not None, x)
+            finish_rows(g, x, dy, dx, first, rows, chunk, terms, weight, own)
 
 
 @helper
 def backward_band(g, x, dy, dx, band, mean, rstd, weight, own):
-    """Sums and dx of a band, a few rows at a time."""
+    """Sums over the rows of a band and all their gradients, a few rows at a time."""
     cut = unpack(g)
-    start, end = band_rows(g, band)
-    terms = scratch((TOGETHER, 6), x)
+    start, end = samples_of(g, band)
+    terms = scratch((BACKWARD_STEP, 6), x)
     n = np.float64(cut.inner)
     for chunk in range(cut.chunks):
         clear(g, chunk, own)
-    for first in range(start, end, TOGETHER):
-        last = min(first + TOGETHER, end)
-        for r in range(first, last):
-            a, b = row_grad_sums(g, x, dy, r, mean, rstd, weight)
-            fill_terms(terms[r - first], value_of(mean, r), rstd[r], a, b, n, mean is not None, x)
-        for chunk in range(cut.chunks):
-            finish_rows(g, x, dy, dx, first, last, chunk, terms, weight, own)
+    for sample in range(start, end, BACKWARD_STEP):
+        rows = min(BACKWARD_STEP, end - sample)
+        for first in range(sample * cut.period, (sample + 1) * cut.period):
+            for k in range(rows):
+                r = first + k * cut.period
+                a, b = row_grad_sums(g, x, dy, r, mean, rstd, weight)
+                fill_terms(terms[k], value_of(mean, r), rstd[r], a, b, n, mean is not None, x)
+            for chunk in range(cut.chunks):
+                finish_rows(g, x, dy, dx, first, rows, chunk, terms, weight, own)
 
 
 @helper
 def add_bands(sums, total, rest, i, first, n, bands):
-    """Add one of the sums over some columns."""
+    """Add sum ``i`` (of dz, of dz * x_hat) of all bands over some columns."""
     own, own_rest = row(total[i], first, n), row(rest[i], first, n)
     fill(own, 0.0)
     fill(own_rest, 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nbnorm._cpu.halves import narrow, widen
-from nbnorm._cpu.launch import helper, inlined, reduction
+from nbnorm._cpu.launch import helper, inlined
 from nbnorm._math import input_gradient, normalize, rounded, standardize
 
 
@@ -19,23 +19,10 @@ def apply_line(x, y, mean_hi, rstd, rest, weight, bias):
         y[i] = narrow(z, y)
 
 
-@reduction
-def piece_grad_sums(x, dy, weight, mean_hi, rstd):
-    """Sums of g = dy * weight and of g * x_hat over one piece, x_hat relative to the rounded mean."""
-    sum_g = rounded(0.0, x)
-    sum_g_x_hat = rounded(0.0, x)
-    for i in range(x.shape[0]):
-        g = widen(dy[i])
-        if weight is not None:
-            g = rounded(g * weight[i], x)
-        sum_g += g
-        sum_g_x_hat += g * standardize(widen(x[i]), mean_hi, rstd)
-    return sum_g, sum_g_x_hat
-
-
 @inlined
-def input_grad_line(x, dy, dx, weight, mean_hi, rstd, slope, offset, gain):
-    """Dx of neighbours that share statistics."""
+def input_grad_line(x, dy, dx, weight, terms):
+    """Dx of neighbours that share statistics; for ``terms`` see `bands.fill_terms`."""
+    mean_hi, rstd, slope, offset, gain = terms[0], terms[1], terms[3], terms[4], terms[5]
     for i in range(x.shape[0]):
         g = widen(dy[i])
         if weight is not None:
@@ -45,8 +32,9 @@ def input_grad_line(x, dy, dx, weight, mean_hi, rstd, slope, offset, gain):
 
 
 @inlined
-def parameter_grad_line(x, dy, mean_hi, rstd, rest, sum_dz, sum_dz_x_hat):
-    """Add the row's terms to the parameters' gradients."""
+def parameter_grad_line(x, dy, terms, sum_dz, sum_dz_x_hat):
+    """Add a row's terms to the parameters' gradients."""
+    mean_hi, rstd, rest = terms[0], terms[1], terms[2]
     for i in range(x.shape[0]):
         d = widen(dy[i])
         sum_dz[i] += d
@@ -54,15 +42,19 @@ def parameter_grad_line(x, dy, mean_hi, rstd, rest, sum_dz, sum_dz_x_hat):
 
 
 @inlined
-def parameter_grad_four(xa, xb, xc, xd, a, b, c, d, terms, sum_dz, sum_dz_x_hat):
+def parameter_grad_four(xa, xb, xc, xd, dya, dyb, dyc, dyd, terms, sum_dz, sum_dz_x_hat):
     """Add four rows at once, so that the sums are read and written once for all of them."""
-    ma, ra, oa = terms[0, 0], terms[0, 1], terms[0, 2]
-    mb, rb, ob = terms[1, 0], terms[1, 1], terms[1, 2]
-    mc, rc, oc = terms[2, 0], terms[2, 1], terms[2, 2]
-    md, rd, od = terms[3, 0], terms[3, 1], terms[3, 2]
+    mean_a, rstd_a, rest_a = terms[0, 0], terms[0, 1], terms[0, 2]
+    mean_b, rstd_b, rest_b = terms[1, 0], terms[1, 1], terms[1, 2]
+    mean_c, rstd_c, rest_c = terms[2, 0], terms[2, 1], terms[2, 2]
+    mean_d, rstd_d, rest_d = terms[3, 0], terms[3, 1], terms[3, 2]
     for i in range(xa.shape[0]):
-        da, db, dc, dd = widen(a[i]), widen(b[i]), widen(c[i]), widen(d[i])
-        sum_dz[i] += (da + db) + (dc + dd)
+        a, b, c, d = widen(dya[i]), widen(dyb[i]), widen(dyc[i]), widen(dyd[i])
+        sum_dz[i] += (a + b) + (c + d)
         sum_dz_x_hat[i] += (
-            da * normalize(widen(xa[i]), ma, ra, oa) + db * normalize(widen(xb[i]), mb, rb, ob)
-        ) + (dc * normalize(widen(xc[i]), mc, rc, oc) + dd * normalize(widen(xd[i]), md, rd, od))
+            a * normalize(widen(xa[i]), mean_a, rstd_a, rest_a)
+            + b * normalize(widen(xb[i]), mean_b, rstd_b, rest_b)
+        ) + (
+            c * normalize(widen(xc[i]), mean_c, rstd_c, rest_c)
+            + d * normalize(widen(xd[i]), mean_d, rstd_d, rest_d)
+        )

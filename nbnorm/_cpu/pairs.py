@@ -2,7 +2,7 @@
 
 Each half of a word becomes a float32 by one operation, and two of these are rounded into one word, where single
 elements have to be widened before and packed after: a third less time for a line that is in cache
-(benchmarks/bench_halves.py).
+(benchmarks/bench_halves.py). Python, without the compiler, takes elements one by one and needs none of this.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ _SHIFT, _UPPER = _WORD(16), _WORD(0xFFFF0000)
 
 @intrinsic
 def words(typingctx, x):
-    """View neighbours as words, wherever in memory they start; an odd last one is left out. As for `memory.row`."""
+    """View neighbours as words, wherever in memory they start; an odd last one is left out.
+
+    As for `memory.row`, x has to be an argument of the function that calls this.
+    """
     result = types.Array(types.uint32, 1, "C", readonly=not x.mutable, aligned=False)
 
     def generate(context, builder, signature, args):

@@ -1,8 +1,8 @@
 """Walk along rows: a slot is one row of neighbours, each of which has a parameter of its own.
 
-The fused kernels take a band of rows per task and finish each row while it is in cache (forward: 1 read +
-1 write of the tensor, backward: 2 reads + 1 write). Few rows are split into chunks of columns, one kernel
-per pass. The gradients of the parameters, which run across rows, are summed band by band and added in order.
+The fused kernels take a band of samples per task and finish each row, or a few, while they are in cache (forward: 1
+read + 1 write of the tensor, backward: 2 reads + 1 write). Few rows are split into chunks of columns, one kernel per
+pass. The gradients of the parameters, which run across samples, are summed band by band and added in order.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def apply_kernel(g, x, y, mean, rstd, weight, bias):
 
 @Twins
 def forward_kernel(g, x, y, weight, bias, eps, mean, m2, rstd):
-    """One band of rows per task: the moments of a few rows, then their normalization from cache."""
+    """One band per task: the moments of a row or two, then their normalization from cache."""
     for band in prange(unpack(g).bands):
         forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd)
 
@@ -104,7 +104,7 @@ def add_bands_kernel(sums, total, rest):
 
 @Twins
 def input_grad_kernel(g, x, dy, dx, mean, rstd, weight, sum_g, sum_g_x_hat, sums):
-    """One chunk of the columns of a band per task; reads x and dy and writes dx once."""
+    """One chunk of the columns of a band per task; reads x and dy and writes dx, if there is room for it, once."""
     cut = unpack(g)
     chunks = cut.chunks
     for task in prange(cut.bands * chunks):
@@ -116,7 +116,7 @@ def input_grad_kernel(g, x, dy, dx, mean, rstd, weight, sum_g, sum_g_x_hat, sums
 
 @Twins
 def backward_kernel(g, x, dy, dx, mean, rstd, weight, sums):
-    """One band of rows per task: the sums of each row, then its dx from cache."""
+    """One band per task: the sums over a few rows, then their gradients from cache."""
     for band in prange(unpack(g).bands):
         backward_band(g, x, dy, dx, band, mean, rstd, weight, entry(sums, band))
 

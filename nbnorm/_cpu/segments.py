@@ -8,7 +8,7 @@ from numba import types
 
 from nbnorm._activation import activate, activation_gradient
 from nbnorm._cpu.halves import narrow, widen
-from nbnorm._cpu.launch import helper, inlined, reduction
+from nbnorm._cpu.launch import helper, inlined
 from nbnorm._cpu.memory import row
 from nbnorm._cpu.pairs import joined, lower, upper, words
 from nbnorm._cpu.tiles import before_activation
@@ -51,18 +51,6 @@ def apply_words(x, y, mean_hi, scale, shift, activation):
     last = 2 * x_words.shape[0]
     odd = x.shape[0] - last
     apply_elements(row(x, last, odd), row(y, last, odd), None, mean_hi, scale, shift, activation)
-
-
-@reduction
-def piece_grad_sums(x, dz, mean_hi, rstd):
-    """Sums of dz and dz * x_hat over one piece; x_hat relative to the rounded mean."""
-    sum_dz = rounded(0.0, x)
-    sum_dz_x_hat = rounded(0.0, x)
-    for i in range(x.shape[0]):
-        d = widen(dz[i])
-        sum_dz += d
-        sum_dz_x_hat += d * standardize(widen(x[i]), mean_hi, rstd)
-    return sum_dz, sum_dz_x_hat
 
 
 def summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room):

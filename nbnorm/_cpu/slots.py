@@ -6,7 +6,7 @@ from nbnorm._cpu.cut import block, bounds, positions, runs, unpack
 from nbnorm._cpu.lanes import fill
 from nbnorm._cpu.launch import helper
 from nbnorm._cpu.memory import row
-from nbnorm._cpu.segments import apply_segment, input_grad_segment, piece_grad_sums, summands
+from nbnorm._cpu.segments import apply_segment, input_grad_segment, summands
 from nbnorm._cpu.tiles import (
     PIECE,
     TILE,
@@ -16,6 +16,7 @@ from nbnorm._cpu.tiles import (
     parameter,
     part,
     piece,
+    piece_grad_sums,
     room,
     slot_count,
     tile_moments,
@@ -131,7 +132,7 @@ def chunk_grad_sums(
                         row(x, first, n), row(dy, first, n), part(residual, first, n),
                         positions(slot_weights, cut, r, j, i, n), mean_hi, scale, shift, activation, own_room,
                     )  # fmt: skip
-                    piece_a, piece_b = piece_grad_sums(x_piece, dz_piece, mean_hi, hat_scale)
+                    piece_a, piece_b = piece_grad_sums(x_piece, dz_piece, None, mean_hi, hat_scale)
                     a, a_rest = add(a, a_rest, piece_a)
                     b, b_rest = add(b, b_rest, piece_b)
                 own[0, j], own[1, j], own[2, j], own[3, j] = a, a_rest, b, b_rest

@@ -13,7 +13,7 @@ import numpy as np
 from nbnorm._cpu.halves import scratch, widen
 from nbnorm._cpu.launch import helper, inlined, reduction
 from nbnorm._cpu.memory import row
-from nbnorm._math import accumulate, add, by_type, is_none, normalize, rounded, settled
+from nbnorm._math import accumulate, add, by_type, is_none, normalize, rounded, settled, standardize
 
 # Values summed in the array's own type before float64 takes over: with 32 or more SIMD accumulators no chain
 # is longer than 32 additions, which keeps a float32 sum within about one part in ten million.
@@ -122,6 +122,20 @@ def central_sums(x, weights, mean):
             total += w * d
             squares += w * (d * d)
     return total, squares
+
+
+@reduction
+def piece_grad_sums(x, dy, weight, mean_hi, rstd):
+    """Sums of g = dy * weight, or dy, and of g * x_hat over one piece; x_hat relative to the rounded mean."""
+    sum_g = rounded(0.0, x)
+    sum_g_x_hat = rounded(0.0, x)
+    for i in range(x.shape[0]):
+        g = widen(dy[i])
+        if weight is not None:
+            g = rounded(g * weight[i], x)
+        sum_g += g
+        sum_g_x_hat += g * standardize(widen(x[i]), mean_hi, rstd)
+    return sum_g, sum_g_x_hat
 
 
 def part(values, first, n):
