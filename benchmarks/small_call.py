@@ -59,9 +59,27 @@ def steps() -> dict[str, dict[str, Callable[[], object]]]:
     }
 
 
+def add_pytorch(parts: dict[str, dict[str, Callable[[], object]]]) -> None:
+    """Let PyTorch's operators take their turns, too, if it is there."""
+    with suppress(ImportError):
+        import torch
+
+        x, dy = torch.randn(2, *SHAPE)
+        mean, var, weight, bias = torch.ones(4, SHAPE[1])
+        operators = torch.ops.aten
+        norm = torch.nn.functional.batch_norm
+        _, own_mean, own_rstd = operators.native_batch_norm(x, weight, bias, mean, var, True, 0.1, 1e-5)
+        parts["forward"]["PyTorch's call"] = lambda: norm(x, mean, var, weight, bias, True)
+        parts["backward"]["PyTorch's call"] = lambda: operators.native_batch_norm_backward(
+            dy, x, weight, mean, var, own_mean, own_rstd, True, 1e-5, [True] * 3
+        )
+
+
 def main() -> None:
     """Print the microseconds of each step."""
-    for operation, parts in steps().items():
+    whole = steps()
+    add_pytorch(whole)
+    for operation, parts in whole.items():
         for name, seconds in zip(parts, best(*parts.values()), strict=True):
             print(f"{operation:10} {name:24} {seconds * 1e6:6.1f} us", flush=True)
 

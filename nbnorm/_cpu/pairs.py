@@ -1,8 +1,8 @@
 """bfloat16 two at a time, as they lie in one word of 32 bits.
 
 Each half of a word becomes a float32 by one operation, and two of these are rounded into one word, where single
-elements have to be widened before and packed after: a third less time for a line that is in cache
-(benchmarks/bench_halves.py). Python, without the compiler, takes elements one by one and needs none of this.
+elements have to be widened before and packed after (benchmarks/bench_halves.py, group and instance norm). Python,
+without the compiler, takes elements one by one and needs none of this.
 """
 
 from __future__ import annotations

@@ -223,7 +223,7 @@ def line_moments(x, weights, centered):
             tile_n, tile_mean, tile_m2 = tile_moments(x, part(weights, i, size), i, 0, 1, size)
         else:
             tile_m2 = tile_squares(row(x, i, size))
-        if i == 0:
+        if i == 0:  # as `accumulate` would have it, but short lines notice its call
             n, mean, m2 = tile_n, tile_mean, tile_m2
         else:
             n, mean, m2, rest = accumulate(n, mean, m2, rest, tile_n, tile_mean, tile_m2)

@@ -59,7 +59,7 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
     """Return an uninitialized tensor in the layout of another one; a large one in memory that NumPy has allocated.
 
     NumPy asks Linux for pages of 2 MB, PyTorch does not: touching new memory for the first time is then a matter of a
-    few faults instead of 256 per MB, half the time of a backward call on 50 MB.
+    few faults instead of 256 per MB.
     """
     if x.numel() * x.element_size() < HUGE_PAGES:
         return torch.empty_like(x)

@@ -1,7 +1,8 @@
 """From which size on nbnorm is worth its call; below, PyTorch's own operator runs.
 
 A call takes some 100 microseconds more of Python here, and for channels last and rows of features PyTorch's batch norm
-is the faster one in itself, until its results need so much new memory that touching it takes longer than computing.
+is the faster one in itself, until a result takes more than 32 MB (NEW_MEMORY values of float32): the C library then
+gets new memory from the system each time, in small pages for PyTorch, and touching it takes longer than computing.
 `python -m benchmarks.pytorch_models --calls --always`
 prints what these numbers stand on: ratios of single modules, forward and backward.
 """
@@ -12,16 +13,23 @@ from math import inf, prod
 
 import torch
 
+NEW_MEMORY = 2**23
+
 SMALLEST: dict[str, float] = {
     "batch_norm": 2**19,
     "instance_norm": 2**20,
     "rms_norm": 2**17,
-    "layer_norm": inf,
-    "group_norm": inf,
+    "layer_norm": NEW_MEMORY,
+    "group_norm": NEW_MEMORY,
 }
 """Least number of elements for nbnorm, channels first."""
 
-SMALLEST_IN_COLUMNS: dict[str, float] = {**SMALLEST, "batch_norm": 2**23, "instance_norm": inf}
+SMALLEST_IN_COLUMNS: dict[str, float] = {
+    **SMALLEST,
+    "batch_norm": NEW_MEMORY,
+    "instance_norm": inf,
+    "group_norm": inf,
+}
 """The same for channels last, for planes of fewer values than were measured and for none."""
 
 FEWEST = 49
