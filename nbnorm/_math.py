@@ -13,8 +13,12 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-# Called by kernels alone: without wrappers for Python and C a function compiles in two thirds of the time.
-INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+from nbnorm._inner import Inner
+
+# Called by kernels alone: neither Python nor C can.
+INNER: dict[str, Any] = {
+    "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": Inner,
+}  # fmt: skip
 formula = njit(**INNER)
 # Of the shape a * b + c, whose product and sum are rounded once where the machine can, the same way everywhere.
 fused_formula = njit(**INNER, fastmath={"contract"})

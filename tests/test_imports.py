@@ -33,6 +33,7 @@ LEVELS = [
     {"_cpu", "_cuda"},
     {"_activation"},
     {"_expressions", "_libraries", "_math", "_options", "_view", "_warn"},
+    {"_inner"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 

@@ -19,7 +19,7 @@ from nbnorm._cpu.lane_moments import (
     total_weight,
 )
 from nbnorm._cpu.lanes import apply_row, copy_row, fill, input_grad_row, row_weight
-from nbnorm._cpu.launch import helper
+from nbnorm._cpu.launch import helper, loop
 from nbnorm._cpu.memory import row
 from nbnorm._cpu.tiles import add_rows, entry, parameter, part, room, slot_count, weighted
 from nbnorm._math import affine, gradient_terms, recentered, reciprocal_std, rounded
@@ -110,7 +110,7 @@ def spread_activation(g, index, mean, rstd, weight, bias, activation, terms):
         spread_affine(g, index, mean, rstd, weight, bias, terms, 5)
 
 
-@helper
+@loop
 def apply_chunk(g, x, y, residual, activation, index, chunk, terms):
     """Normalize one chunk of rows of a block."""
     cut, own = unpack(g), locate(g, index)
@@ -183,7 +183,7 @@ def spread_gradient_terms(
     spread(g, own, terms, 0, 5)
 
 
-@helper
+@loop
 def input_grad_chunk(g, x, dy, dx, dresidual, residual, activation, weights, index, chunk, t, constant):
     """Dx of one chunk of rows of a block, by the terms ``t``."""
     cut, own = unpack(g), locate(g, index)

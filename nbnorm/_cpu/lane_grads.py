@@ -9,7 +9,7 @@ from __future__ import annotations
 from nbnorm._activation import activation_gradient
 from nbnorm._cpu.halves import widen
 from nbnorm._cpu.lanes import TILE_ROWS, fill, row_weight, summed
-from nbnorm._cpu.launch import contracted, helper
+from nbnorm._cpu.launch import contracted, helper, loop
 from nbnorm._cpu.memory import row
 from nbnorm._cpu.tiles import add_rows, before_activation, part
 from nbnorm._math import by_type, is_none, rounded, settled, standardize
@@ -65,7 +65,7 @@ def computed_summands(x, dy, residual, weights, terms, activation, room, first, 
     return x_room, dz_room
 
 
-@helper
+@loop
 def fill_summands(x, dy, residual, mean_hi, scale, shift, activation, masked, x_room, dz_room):
     """Compute one row of x and dz."""
     for i in range(x.shape[0]):

@@ -8,7 +8,7 @@ from numba import types
 
 from nbnorm._activation import activate, activation_gradient
 from nbnorm._cpu.halves import narrow, widen
-from nbnorm._cpu.launch import helper, inlined
+from nbnorm._cpu.launch import inlined, loop
 from nbnorm._cpu.memory import row
 from nbnorm._cpu.pairs import joined, lower, upper, words
 from nbnorm._cpu.tiles import before_activation
@@ -31,7 +31,7 @@ def _apply_segment(x, y, residual, mean_hi, scale, shift, activation):
     )
 
 
-@helper
+@loop
 def apply_elements(x, y, residual, mean_hi, scale, shift, activation):
     """Normalize one element after the other."""
     for i in range(x.shape[0]):
@@ -39,7 +39,7 @@ def apply_elements(x, y, residual, mean_hi, scale, shift, activation):
         y[i] = narrow(activate(z, activation), y)
 
 
-@helper
+@loop
 def apply_words(x, y, mean_hi, scale, shift, activation):
     """Normalize bfloat16, two at a time."""
     x_words: Any = words(x)
@@ -68,7 +68,7 @@ def _summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room)
     )
 
 
-@helper
+@loop
 def computed_summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room):
     """Write x and dz of one piece out.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nbnorm._cpu.cut import block, bounds, positions, runs, unpack
 from nbnorm._cpu.lanes import fill
-from nbnorm._cpu.launch import helper
+from nbnorm._cpu.launch import helper, loop
 from nbnorm._cpu.memory import row
 from nbnorm._cpu.segments import apply_segment, input_grad_segment, summands
 from nbnorm._cpu.tiles import (
@@ -180,7 +180,7 @@ def run_terms(cut, x, slot, j, mean, rstd, weight, bias, terms):
     )  # fmt: skip
 
 
-@helper
+@loop
 def input_grad_chunk(
     g, x, dy, dx, dresidual, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, terms,
     constant,

@@ -1,0 +1,91 @@
+"""How kernels are compiled, and functions that only kernels call: these into what a kernel takes in, and no further.
+
+Numba optimizes every function and turns it into machine code, and each of its callers does so again with all that it
+calls: what lies five calls deep is optimized six times, in a parallel loop nine times. Without that, serial kernels
+compile in two thirds of the time, parallel ones in half (benchmarks/bench_start.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
+
+
+class InnerCode(JITCodeLibrary):
+    """Code that does not run by itself; what it calls is put beside it when a kernel takes it in, not earlier."""
+
+    def get_pointer_to_function(self, name: str) -> int:
+        """Return that there is no machine code."""
+        return 0
+
+    def finalize(self) -> None:
+        """Take the code as it is."""
+        self._finalized = True
+
+    def _get_module_for_linking(self) -> Any:
+        if self._shared_module is None:
+            self._shared_module = self._whole()
+        return self._shared_module
+
+    def _whole(self) -> Any:
+        """Own code and all that it calls, each function once, for several such modules to meet in a kernel."""
+        inner = self._called({self: None})
+        outer = {library: None for one in inner for library in one._linking_libraries if library not in inner}
+        module = self._final_module.clone()
+        for library in list(inner)[1:]:
+            module.link_in(library._final_module, preserve=True)
+        # Of these, which may come along several ways, the linker takes only what has been called so far.
+        for library in outer:
+            module.link_in(library._get_module_for_linking(), preserve=True)
+        for function in module.functions:
+            if not function.is_declaration and function.linkage.name == "external":
+                function.linkage = "linkonce_odr"
+        return module
+
+    def _called(self, found: dict[InnerCode, None]) -> dict[InnerCode, None]:
+        """Add all inner code that this calls to what has been found."""
+        for library in self._linking_libraries:
+            if isinstance(library, InnerCode) and library not in found:
+                found[library] = None
+                library._called(found)
+        return found
+
+
+class InnerCodegen:
+    """Numba's generator of code, but what it makes is `InnerCode`."""
+
+    def __init__(self, codegen: Any) -> None:
+        self._own = codegen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def create_library(self, name: str) -> InnerCode:
+        """Make room for the code of a function."""
+        return InnerCode(self, name)  # type: ignore[no-untyped-call]
+
+    def set_env(self, name: str, env: Any) -> None:
+        """Do nothing: an environment is for code that Python calls."""
+
+
+class Inner(Compiler):
+    """Numba's compiler for what kernels call."""
+
+    def define_pipelines(self) -> Any:
+        """Return Numba's own pipelines, after a change of the context, of which each compilation has its own copy."""
+        context: Any = self.state.targetctx
+        context._internal_codegen = InnerCodegen(context.codegen())
+        return super().define_pipelines()  # type: ignore[no-untyped-call]
+
+
+class Outer(Inner):
+    """Numba's compiler for kernels, whose parallel loops, a function in three wrappers each, are inner code."""
+
+    def define_pipelines(self) -> Any:
+        """Return Numba's own pipelines; the kernel itself is what Numba makes of it."""
+        state: Any = self.state
+        state.library = state.targetctx.codegen().create_library(state.func_id.func_qualname)
+        state.library.enable_object_caching()
+        return super().define_pipelines()

@@ -1,0 +1,97 @@
+"""Functions that only kernels call: compiled into the kernels, which find all of them."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from numba import njit, prange
+
+from nbnorm._cpu.launch import helper, kernel, loop
+from nbnorm._inner import InnerCode, Outer
+
+pytestmark = pytest.mark.skipif(os.environ.get("NUMBA_DISABLE_JIT") == "1", reason="nothing is compiled")
+
+
+@helper
+def increment(x, i):
+    """Add one."""
+    x[i] += 1
+
+
+@helper
+def never(x, i):
+    """Call what LLVM finds out not to be called, as no number is below 0 and above."""
+    if i < 0 and i > 0:
+        increment(x, i)
+
+
+@helper
+def always(x, i):
+    """Call the same."""
+    increment(x, i)
+
+
+@helper
+def either(x, i):
+    """Come by one function on two ways, of which one leads nowhere."""
+    never(x, i)
+    always(x, i)
+
+
+@loop
+def twice(x, i):
+    """Do it again in code that is optimized by itself."""
+    either(x, i)
+
+
+@kernel
+def serial(x):
+    """Add 2 to every element."""
+    for i in range(x.shape[0]):
+        either(x, i)
+        twice(x, i)
+
+
+def parallel_body(x):
+    """The same in parallel."""
+    for i in prange(x.shape[0]):
+        either(x, i)
+        twice(x, i)
+
+
+def libraries(dispatcher):
+    """Return what the functions of a dispatcher were compiled into."""
+    return [result.library for result in dispatcher.overloads.values()]
+
+
+def test_kernels_find_what_they_call():
+    """On whatever ways; a call of something missing would end the process."""
+    code = (
+        "import numpy as np, test_inner as t; x = np.zeros(5); t.serial(x);"
+        "t.kernel(t.parallel_body, parallel=True, pipeline_class=t.Outer)(x); print(x)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "NUMBA_CACHE_DIR": os.devnull}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=os.path.dirname(__file__),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "[4. 4. 4. 4. 4.]\n", done.stderr
+
+
+def test_who_is_compiled_how():
+    """Helpers wait for a kernel; kernels, loops over elements and functions of others are what Numba makes of them."""
+    x = np.zeros(5)
+    other = njit(lambda x: x.sum())
+    fresh = njit(parallel=True, pipeline_class=Outer)(parallel_body)
+    fresh(x)
+    assert other(x) == 10.0
+    assert all(
+        isinstance(library, InnerCode) for f in (increment, never, always, either) for library in libraries(f)
+    )
+    assert not any(isinstance(library, InnerCode) for f in (fresh, twice, other) for library in libraries(f))
