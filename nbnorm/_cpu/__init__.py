@@ -114,7 +114,7 @@ def grad_sums(
     if view.traversal == "rows":
         return rows.backward(view, x, dy, None, mean, rstd, None, True)
     sums = _slot_sums(view, x, dy, mean, rstd, epilogue, mask)
-    return _by_parameter(view, sums[0]), _by_parameter(view, sums[1])
+    return _by_parameter(view, sums)
 
 
 def _slot_sums(
@@ -131,10 +131,11 @@ def _slot_sums(
     return sums
 
 
-def _by_parameter(view: View, sums: Array) -> Array:
+def _by_parameter(view: View, sums: Array) -> Sums:
     """Add the sums of slots that share parameters."""
-    parameters = view.period * view.width
-    return sums.ravel() if sums.size == parameters else sums.reshape(-1, parameters).sum(axis=0)
+    sums = sums.reshape(2, -1, view.period * view.width)
+    totals = sums[:, 0] if sums.shape[1] == 1 else sums.sum(axis=1)
+    return totals[0], totals[1]
 
 
 def input_grad(
@@ -183,7 +184,7 @@ def backward(
         options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
         g = walk.geometry(view, threads, mask is not None)
         walk.backward_kernel(threads, g, *arrays, *options, sums[0], sums[1], *_counts(count, mask))
-    return _by_parameter(view, sums[0]), _by_parameter(view, sums[1])
+    return _by_parameter(view, sums)
 
 
 def merge_moments(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from nbnorm._cpu.halves import narrow, widen
-from nbnorm._cpu.launch import helper, inlined
+from nbnorm._cpu.launch import inlined, loop
 from nbnorm._math import input_gradient, normalize, rounded, standardize
 
 
-@helper
+@loop
 def apply_line(x, y, mean_hi, rstd, rest, weight, bias):
     """Normalize neighbours that share statistics; ``rest`` is what the rounded mean leaves of x_hat."""
     for i in range(x.shape[0]):
