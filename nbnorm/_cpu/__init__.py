@@ -133,8 +133,9 @@ def _slot_sums(
 
 def _by_parameter(view: View, sums: Array) -> Sums:
     """Add the sums of slots that share parameters."""
-    sums = sums.reshape(2, -1, view.period * view.width)
-    totals = sums[:, 0] if sums.shape[1] == 1 else sums.sum(axis=1)
+    parameters = view.period * view.width
+    alone = sums[0].size == parameters
+    totals = sums.reshape(2, parameters) if alone else sums.reshape(2, -1, parameters).sum(axis=1)
     return totals[0], totals[1]
 
 
