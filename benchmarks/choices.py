@@ -21,6 +21,16 @@ with suppress(ImportError):  # asv reads every file of this folder, with version
 
 from .common import Case, batch, best
 
+# Shapes of group norm, with the number of groups, and of batch norm.
+GROUPS = (
+    ((32, 64, 32, 32), 64),
+    ((64, 256, 14, 14), 32),
+    ((8, 128, 32, 32), 32),
+    ((8, 64, 112, 112), 64),
+    ((32, 64, 56, 56), 8),
+    ((2, 320, 64, 64), 32),
+    ((16, 32, 128, 128), 8),
+)
 SEGMENTS = (
     (16, 32, 28, 28),
     (4, 64, 56, 56),
@@ -68,17 +78,18 @@ def chunks() -> None:
 
 def together() -> None:
     """Forward and backward passes that take more and more neighbouring slots together."""
-    for shape in SEGMENTS:
-        b = batch(Case("batch", shape))
-        view = batch_view(b.x.shape, b.x.strides, b.x.itemsize, 1)
-        assert view is not None
-        chosen = cut.Cut(*(int(n) for n in planes.geometry(view, 2)))
-        parameters = np.ones((2, shape[1]), np.float32)
-        y, saved = nbnorm.batch_norm_forward(b.x, *parameters)
-        out = nbnorm.batch_norm_backward(b.dy, saved)
+    cases = [Case("batch", shape) for shape in SEGMENTS]
+    for case in [*cases, *(Case("group", shape, num_groups=groups) for shape, groups in GROUPS)]:
+        b = batch(case)
+        norm = (b.x,) if case.norm == "batch" else (b.x, case.num_groups)
+        forward_of = nbnorm.batch_norm_forward if case.norm == "batch" else nbnorm.group_norm_forward
+        backward_of = nbnorm.batch_norm_backward if case.norm == "batch" else nbnorm.group_norm_backward
+        y, saved = forward_of(*norm, *b.parameters)
+        out = backward_of(b.dy, saved)
+        chosen = cut.Cut(*(int(n) for n in planes.geometry(saved.view, 2)))
 
-        forward = partial(nbnorm.batch_norm_forward, b.x, *parameters, out=y)
-        backward = partial(nbnorm.batch_norm_backward, b.dy, saved, out=out)
+        forward = partial(forward_of, *norm, *b.parameters, out=y)
+        backward = partial(backward_of, b.dy, saved, out=out)
         for name, call in (("forward", forward), ("backward", backward)):
             calls: dict[Any, Callable[[], object]] = {
                 slots: with_cut(planes, chosen._replace(slots=slots), call)
@@ -86,7 +97,7 @@ def together() -> None:
             }
             # Another call between them, as in a network: what a call leaves in the caches is not what it finds.
             calls["copy"] = lambda b=b, dx=out[0]: np.copyto(dx, b.dy)
-            show(f"slots together, {name} {shape}, chosen {chosen.slots}", calls)
+            show(f"slots together, {case.norm} {name} {case.shape}, chosen {chosen.slots}", calls)
 
 
 def rows_together() -> None:

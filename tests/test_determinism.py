@@ -168,15 +168,18 @@ def test_slots_that_a_task_takes_together(rng, inner, monkeypatch):
     """How many neighbouring slots share a task is a matter of speed alone, and so is whether passes share a kernel."""
     x = rng.standard_normal((6, 19, inner)).astype(np.float32)
     dy = rng.standard_normal(x.shape).astype(np.float32)
+    groups = rng.standard_normal((5, 12, inner)).astype(np.float32)
     found = []
     for slots in (1, 2, 7, 19):
         monkeypatch.setattr(cut, "together", lambda view, threads, slots=slots: slots)
         cut.geometry.cache_clear()
         cut.fused.cache_clear()
         y, saved = nbnorm.batch_norm_forward(x, activation="relu")
-        found.append((y, saved.mean, saved.rstd, *nbnorm.batch_norm_backward(dy, saved)))
+        own = [y, saved.mean, saved.rstd, nbnorm.batch_norm_backward(dy, saved)[0]]
+        y, saved = nbnorm.group_norm_forward(groups, 4, activation="relu")
+        found.append((*own, y, saved.mean, saved.rstd, nbnorm.group_norm_backward(groups, saved)[0]))
     cut.geometry.cache_clear()
     cut.fused.cache_clear()
     for other in found[1:]:
-        for name, first, same in zip(("y", "mean", "rstd", "dx"), found[0], other, strict=False):
+        for name, first, same in zip(("y", "mean", "rstd", "dx") * 2, found[0], other, strict=True):
             oracle.assert_same_bits(same, first, name)

@@ -12,9 +12,12 @@ from nbnorm._cpu.tiles import CHUNK, part
 from nbnorm._view import View
 
 # Elements of the neighbouring slots that a task goes through together, as long as there are some tasks for each thread:
-# a tenth to two fifths less time than slot by slot (benchmarks/choices.py; AMD EPYC, Zen 4, two cores, 1 MB of
-# second-level and 32 MB of last-level cache).
-TOGETHER = 1 << 19
+# a tenth to two fifths less time than slot by slot, since the walk along memory is longer (benchmarks/choices.py; AMD
+# EPYC, Zen 4, two cores, 1 MB of second-level and 32 MB of last-level cache). Slots of several segments, which lie
+# apart, gain beyond the second-level cache, too; slots of one segment, neighbours in memory, gain backward only while
+# x, dy and dx fit it (in float32), forward up to four times that.
+APART_TOGETHER = 1 << 19
+TOGETHER = 5 << 14
 TASKS = 4
 
 
@@ -42,13 +45,14 @@ def geometry(view: View, threads: int, masked: bool = False) -> np.ndarray:
     rows, cols = (1, CHUNK) if view.inner > CHUNK else (max(1, CHUNK // view.inner), view.inner)
     chunks = -(-view.outer // rows) * -(-view.inner // cols)
     rule = (view.period, view.width, view.run)
-    slots = together(view, threads) if view.outer > 1 else 1
+    slots = together(view, threads)
     return np.array(Cut(view.outer, view.group, view.inner, *rule, rows, cols, chunks, slots))
 
 
 def together(view: View, threads: int) -> int:
     """Return how many neighbouring slots a task should go through, such that equal tasks remain for all threads."""
-    slots = min(TOGETHER // max(view.outer * view.inner, 1), view.group // (TASKS * threads))
+    most = APART_TOGETHER if view.outer > 1 else TOGETHER
+    slots = min(most // max(view.values, 1), view.group // (TASKS * threads))
     while slots > 1 and -(-view.group // (slots * threads)) * slots * threads > 1.05 * view.group:
         slots -= 1
     return max(1, slots)

@@ -96,10 +96,10 @@ def apply_chunk(g, x, y, slot, slots, chunk, mean, rstd, weight, bias, residual,
     cut = unpack(g)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
-    for j in range(first_run, end_run):
-        start, n = bounds(cut, j, c0, cols)
-        for r in range(r0, r0 + rows):
-            for k in range(slot, slot + slots):
+    for r in range(r0, r0 + rows):
+        for k in range(slot, slot + slots):
+            for j in range(first_run, end_run):
+                start, n = bounds(cut, j, c0, cols)
                 i = (r * cut.group + k) * cut.inner + start
                 own = run_affine(cut, x, k, j, mean[k], rstd[k], weight, bias)
                 apply_segment(row(x, i, n), row(y, i, n), part(residual, i, n), *own, activation)
@@ -117,15 +117,15 @@ def chunk_grad_sums(
     own_room = room((2, PIECE), x, weights, activation)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
-    for j in range(first_run, end_run):
-        start, size = bounds(cut, j, c0, cols)
-        for r in range(r0, r0 + rows):
-            for k in range(slot, slot + slots):
-                mean_hi, hat_scale, _ = affine(mean[k], rstd[k], 1.0, 0.0, x)
+    for r in range(r0, r0 + rows):
+        for k in range(slot, slot + slots):
+            mean_hi, hat_scale, _ = affine(mean[k], rstd[k], 1.0, 0.0, x)
+            slot_weights, own = entry(weights, k // cut.period), sums[k * cut.chunks + chunk]
+            base = (r * cut.group + k) * cut.inner
+            for j in range(first_run, end_run):
+                start, size = bounds(cut, j, c0, cols)
                 _, scale, shift = run_affine(cut, x, k, j, mean[k], rstd[k], weight, bias)
-                slot_weights, own = entry(weights, k // cut.period), sums[k * cut.chunks + chunk]
                 a, a_rest, b, b_rest = own[0, j], own[1, j], own[2, j], own[3, j]
-                base = (r * cut.group + k) * cut.inner
                 for i in range(start, start + size, piece(x)):
                     first, n = base + i, min(piece(x), start + size - i)
                     x_piece, dz_piece = summands(
@@ -136,9 +136,10 @@ def chunk_grad_sums(
                     a, a_rest = add(a, a_rest, piece_a)
                     b, b_rest = add(b, b_rest, piece_b)
                 own[0, j], own[1, j], own[2, j], own[3, j] = a, a_rest, b, b_rest
-        for k in range(slot, slot + slots):
-            own = sums[k * cut.chunks + chunk]
-            mean_hi, _, _ = affine(mean[k], rstd[k], 1.0, 0.0, x)
+    for k in range(slot, slot + slots):
+        own = sums[k * cut.chunks + chunk]
+        mean_hi, _, _ = affine(mean[k], rstd[k], 1.0, 0.0, x)
+        for j in range(first_run, end_run):
             a = settled(own[0, j], own[1, j])
             b = recentered(settled(own[2, j], own[3, j]), a, mean[k], mean_hi, rstd[k])
             own[0, j], own[1, j], own[2, j], own[3, j] = a, 0.0, b, 0.0
@@ -189,10 +190,10 @@ def input_grad_chunk(
     cut = unpack(g)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
-    for j in range(first_run, end_run):
-        start, n = bounds(cut, j, c0, cols)
-        for r in range(r0, r0 + rows):
-            for k in range(slot, slot + slots):
+    for r in range(r0, r0 + rows):
+        for k in range(slot, slot + slots):
+            for j in range(first_run, end_run):
+                start, n = bounds(cut, j, c0, cols)
                 i = (r * cut.group + k) * cut.inner + start
                 own_weights = positions(entry(weights, k // cut.period), cut, r, j, start, n)
                 arrays = (
