@@ -19,9 +19,9 @@ with suppress(ImportError):  # asv reads every file of this folder, with version
     from nbnorm._cpu import columns, cut, grid, planes, rows, spans
     from nbnorm._view import batch_view, trailing_view
 
-from .common import Case, batch, best
+from .common import Case, batch, best, prepare
 
-# Shapes of group norm, with the number of groups, and of batch norm.
+# Shapes of group norm, with the number of groups.
 GROUPS = (
     ((32, 64, 32, 32), 64),
     ((64, 256, 14, 14), 32),
@@ -31,6 +31,7 @@ GROUPS = (
     ((2, 320, 64, 64), 32),
     ((16, 32, 128, 128), 8),
 )
+# Shapes of batch norm.
 SEGMENTS = (
     (16, 32, 28, 28),
     (4, 64, 56, 56),
@@ -78,25 +79,18 @@ def chunks() -> None:
 
 def together() -> None:
     """Forward and backward passes that take more and more neighbouring slots together."""
-    cases = [Case("batch", shape) for shape in SEGMENTS]
-    for case in [*cases, *(Case("group", shape, num_groups=groups) for shape, groups in GROUPS)]:
-        b = batch(case)
-        norm = (b.x,) if case.norm == "batch" else (b.x, case.num_groups)
-        forward_of = nbnorm.batch_norm_forward if case.norm == "batch" else nbnorm.group_norm_forward
-        backward_of = nbnorm.batch_norm_backward if case.norm == "batch" else nbnorm.group_norm_backward
-        y, saved = forward_of(*norm, *b.parameters)
-        out = backward_of(b.dy, saved)
-        chosen = cut.Cut(*(int(n) for n in planes.geometry(saved.view, 2)))
-
-        forward = partial(forward_of, *norm, *b.parameters, out=y)
-        backward = partial(backward_of, b.dy, saved, out=out)
+    groups = [Case("group", shape, num_groups=number) for shape, number in GROUPS]
+    for case in [*(Case("batch", shape) for shape in SEGMENTS), *groups]:
+        forward, _ = prepare("forward", case)
+        backward, b = prepare("backward", case)
+        chosen = cut.Cut(*(int(n) for n in planes.geometry(backward.args[1].view, 2)))
         for name, call in (("forward", forward), ("backward", backward)):
             calls: dict[Any, Callable[[], object]] = {
                 slots: with_cut(planes, chosen._replace(slots=slots), call)
                 for slots in sorted({1, 2, 4, 8, 16, 32, chosen.slots})
             }
             # Another call between them, as in a network: what a call leaves in the caches is not what it finds.
-            calls["copy"] = lambda b=b, dx=out[0]: np.copyto(dx, b.dy)
+            calls["copy"] = lambda b=b: np.copyto(b.out, b.dy)
             show(f"slots together, {case.norm} {name} {case.shape}, chosen {chosen.slots}", calls)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
@@ -76,6 +77,12 @@ def summarize(rows: list[dict]) -> None:
         )
 
 
+def machine() -> dict:
+    """Return `nbnorm.info` without what tells where it is installed and how the host is called."""
+    facts = {**nbnorm.info(), "platform": f"{platform.system()} {platform.machine()}"}
+    return {name: fact for name, fact in facts.items() if name != "cache"}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(
@@ -109,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     summarize(rows)
     if options.json:
         with open(options.json, "w") as file:
-            json.dump({"info": nbnorm.info(), "rows": rows}, file, indent=1)
+            json.dump({"info": machine(), "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":

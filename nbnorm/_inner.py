@@ -1,8 +1,8 @@
 """How kernels are compiled, and functions that only kernels call: these into what a kernel takes in, and no further.
 
 Numba optimizes every function and turns it into machine code, and each of its callers does so again with all that it
-calls: what lies five calls deep is optimized six times, in a parallel loop nine times. Without that, serial kernels
-compile in two thirds of the time, parallel ones in half (benchmarks/bench_start.py).
+calls: what lies five calls deep is optimized six times, in a parallel loop nine times. When that ended here, serial
+kernels compiled in two thirds of the time, parallel ones in half (benchmarks/bench_start.py, before and after).
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """Functions that only kernels call: compiled into the kernels, which find all of them."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ from numba import njit, prange
 
 from nbnorm._cpu.launch import helper, kernel, loop
 from nbnorm._inner import InnerCode, Outer
+from processes import run
 
 pytestmark = pytest.mark.skipif(os.environ.get("NUMBA_DISABLE_JIT") == "1", reason="nothing is compiled")
 
@@ -72,16 +71,7 @@ def test_kernels_find_what_they_call():
         "import numpy as np, test_inner as t; x = np.zeros(5); t.serial(x);"
         "t.kernel(t.parallel_body, parallel=True, pipeline_class=t.Outer)(x); print(x)"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "NUMBA_CACHE_DIR": os.devnull}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment,
-        cwd=os.path.dirname(__file__),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout == "[4. 4. 4. 4. 4.]\n", done.stderr
+    assert run(code, NUMBA_CACHE_DIR=os.devnull)[0] == "[4. 4. 4. 4. 4.]"
 
 
 def test_who_is_compiled_how():
@@ -91,6 +81,7 @@ def test_who_is_compiled_how():
     fresh = njit(parallel=True, pipeline_class=Outer)(parallel_body)
     fresh(x)
     assert other(x) == 10.0
+    assert libraries(never)
     assert all(
         isinstance(library, InnerCode) for f in (increment, never, always, either) for library in libraries(f)
     )
