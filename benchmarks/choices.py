@@ -1,7 +1,7 @@
 """What stands behind choices of the package that no other benchmark shows: `python -m benchmarks.choices`.
 
-Chunks of columns (`nbnorm/_cpu/grid.py`), slots that one task takes together (`nbnorm/_cpu/cut.py`), and rows that are
-taken together (`nbnorm/_cpu/spans.py`).
+Chunks of columns (`nbnorm/_cpu/grid.py`), slots that one task takes together (`nbnorm/_cpu/cut.py`), rows that are
+taken together (`nbnorm/_cpu/spans.py`), and results that are written past the caches (`nbnorm/_cpu/streams.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 
 with suppress(ImportError):  # asv reads every file of this folder, with versions that lack them
     import nbnorm
-    from nbnorm._cpu import columns, cut, grid, planes, rows, spans
+    from nbnorm._cpu import columns, cut, grid, planes, rows, spans, streams
+    from nbnorm._cpu.tiles import CHUNK
     from nbnorm._view import batch_view, trailing_view
 
 from .common import Case, batch, best, prepare
@@ -41,6 +42,22 @@ SEGMENTS = (
     (32, 1024, 14, 14),
     (32, 64, 56, 56),
     (32, 512, 28, 28),
+)
+# Cases around the last-level cache, and around as many neighbours as are worth it.
+STREAMS = (
+    *(
+        Case("batch", shape)
+        for shape in [(16, 64, 56, 56), (24, 64, 56, 56), (32, 64, 56, 56), (32, 64, 112, 112)]
+    ),
+    *(
+        Case("batch", shape)
+        for shape in [(32, 1024, 14, 14), (32, 512, 24, 24), (32, 512, 28, 28), (32, 256, 40, 40)]
+    ),
+    *(
+        Case("layer", shape)
+        for shape in [(2048, 1024), (4096, 1024), (8192, 1024), (32768, 1024), (128, 50257)]
+    ),
+    *(Case("layer", shape) for shape in [(32768, 512), (32768, 640), (32768, 768), (32768, 896)]),
 )
 
 
@@ -109,7 +126,27 @@ def rows_together() -> None:
         )
 
 
+def streamed() -> None:
+    """Forward and backward passes whose results are written plainly, and past the caches."""
+    for case in STREAMS:
+        walk = planes if case.norm == "batch" else rows
+        kind = cut.Cut if case.norm == "batch" else spans.Cut
+        calls = {"forward": prepare("forward", case), "backward": prepare("backward", case)}
+        view = calls["backward"][0].args[1].view
+        for name, (call, b) in calls.items():
+            size = b.x.nbytes * (2 if name == "forward" else 3)
+            plain, past = (kind(*(int(n) for n in walk.geometry(view, 2, False, s))) for s in (0, 1 << 60))
+            past = past._replace(streamed=1)
+            ways: dict[Any, Callable[[], object]] = {
+                "plain": with_cut(walk, plain, call), "streamed": with_cut(walk, past, call)
+            }  # fmt: skip
+            ways["copy"] = lambda b=b: np.copyto(b.out, b.dy)
+            chosen = "streamed" if streams.worthwhile(size, min(view.inner, CHUNK)) else "plain"
+            show(f"streams, {case.norm} {name} {case.shape}, chosen {chosen}", ways)
+
+
 if __name__ == "__main__":
     chunks()
     together()
     rows_together()
+    streamed()

@@ -64,7 +64,8 @@ def apply(view: View, x: Array, y: Array, mean: Array | None, rstd: Array, epilo
         walk = _TRAVERSALS[view.traversal]
         options = _flat_epilogue(view, epilogue)
         threads = threads_for(view.size)
-        walk.apply_kernel(threads, walk.geometry(view, threads), flat(x), flat(y), mean, rstd, *options)
+        g = walk.geometry(view, threads, False, 2 * x.nbytes)
+        walk.apply_kernel(threads, g, flat(x), flat(y), mean, rstd, *options)
 
 
 def _flat_epilogue(view: View, epilogue: Epilogue) -> tuple[Any, ...]:
@@ -96,7 +97,7 @@ def forward(
     m2, slot_rstd = np.empty((2, view.slots))
     mean = np.empty(view.slots) if centered else None
     options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
-    g = walk.geometry(view, threads, masked)
+    g = walk.geometry(view, threads, masked, 2 * x.nbytes)
     walk.forward_kernel(threads, g, flat(x), flat(y), *options, eps, mean, m2, slot_rstd)
     return mean, m2, slot_rstd
 
@@ -157,7 +158,7 @@ def _input_grad(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, m
     arrays = (flat(x), flat(dy), flat(dx), optional(dresidual), mean, rstd)
     options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
     threads = threads_for(view.size)
-    g = walk.geometry(view, threads, mask is not None)
+    g = walk.geometry(view, threads, mask is not None, 3 * x.nbytes)
     walk.input_grad_kernel(threads, g, *arrays, *options, sums[0], sums[1], *_counts(count, mask), constant)
 
 
@@ -183,7 +184,7 @@ def backward(
         sums = np.zeros((2, view.slots, view.width))
         arrays = (flat(x), flat(dy), flat(dx), optional(dresidual), mean, rstd)
         options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
-        g = walk.geometry(view, threads, mask is not None)
+        g = walk.geometry(view, threads, mask is not None, 3 * x.nbytes)
         walk.backward_kernel(threads, g, *arrays, *options, sums[0], sums[1], *_counts(count, mask))
     return _by_parameter(view, sums)
 

@@ -7,9 +7,16 @@ import numpy as np
 from nbnorm._cpu.halves import scratch
 from nbnorm._cpu.lanes import fill
 from nbnorm._cpu.launch import helper, inlined
-from nbnorm._cpu.lines import apply_line, input_grad_line, parameter_grad_four, parameter_grad_line
-from nbnorm._cpu.memory import row
+from nbnorm._cpu.lines import (
+    apply_block,
+    apply_line,
+    input_grad_line,
+    parameter_grad_four,
+    parameter_grad_line,
+)
+from nbnorm._cpu.memory import borrowed, row
 from nbnorm._cpu.spans import BACKWARD_STEP, samples_of, span, unpack
+from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
 from nbnorm._cpu.tiles import add_rows, line_moments, part, piece, piece_grad_sums, settle_rows
 from nbnorm._math import affine, gradient_terms, merge, recentered, reciprocal_std
 
@@ -36,18 +43,38 @@ def row_moments(g, x, r, mean, m2):
         mean[r] = row_mean
 
 
-@inlined
+@helper
 def apply_chunk(g, x, y, r, chunk, mean, rstd, weight, bias):
+    """Normalize one chunk of a row, which is a task."""
+    normalize_chunk(g, borrowed(x), borrowed(y), r, chunk, mean, rstd, weight, bias)
+    finish(unpack(g).streamed)
+
+
+@inlined
+def normalize_chunk(g, x, y, r, chunk, mean, rstd, weight, bias):
     """Normalize one chunk of a row."""
-    first, n, p = span(g, r, chunk)
+    first, size, p = span(g, r, chunk)
     mean_hi, scale, rest = affine(mean, rstd, 1.0, 0.0, x)
-    apply_line(row(x, first, n), row(y, first, n), mean_hi, scale, rest, part(weight, p, n), part(bias, p, n))
+    own, block = (mean_hi, scale, rest), block_like(y)
+    i, n = 0, before_blocks(y, first, size, unpack(g).streamed)
+    while i < size:
+        at, k = first + i, p + i
+        apply_line(row(x, at, n), row(y, at, n), *own, part(weight, k, n), part(bias, k, n))
+        i += n
+        n = block.shape[0]
+        while i + n <= size:
+            at, k = first + i, p + i
+            apply_block(row(x, at, n), block, *own, part(weight, k, n), part(bias, k, n))
+            store_block(block, y, at)
+            i += n
+        n = size - i
 
 
 @helper
 def forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd):
     """Moments and normalization of a band."""
     cut = unpack(g)
+    x, y = borrowed(x), borrowed(y)
     start, end = samples_of(g, band)
     n = np.float64(cut.inner)
     for first in range(start * cut.period, end * cut.period, cut.step):
@@ -57,7 +84,8 @@ def forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd):
             rstd[r] = reciprocal_std(m2[r], n, eps)
         for r in range(first, last):
             for chunk in range(cut.chunks):
-                apply_chunk(g, x, y, r, chunk, value_of(mean, r), rstd[r], weight, bias)
+                normalize_chunk(g, x, y, r, chunk, value_of(mean, r), rstd[r], weight, bias)
+    finish(cut.streamed)
 
 
 @inlined
@@ -121,9 +149,23 @@ def finish_rows(g, x, dy, dx, first, rows, chunk, terms, weight, sums):
     if sums is not None:  # before dx, which may go into dy
         parameter_grads(g, x, dy, first, rows, chunk, terms, sums)
     if dx is not None:
+        block = block_like(dx)
         for k in range(rows):
-            i, n, p = span(g, first + k * unpack(g).period, chunk)
-            input_grad_line(row(x, i, n), row(dy, i, n), row(dx, i, n), part(weight, p, n), terms[k])
+            start, size, p = span(g, first + k * unpack(g).period, chunk)
+            i, n = 0, before_blocks(dx, start, size, unpack(g).streamed)
+            while i < size:
+                at = start + i
+                input_grad_line(
+                    row(x, at, n), row(dy, at, n), row(dx, at, n), part(weight, p + i, n), terms[k]
+                )
+                i += n
+                n = block.shape[0]
+                while i + n <= size:
+                    at = start + i
+                    input_grad_line(row(x, at, n), row(dy, at, n), block, part(weight, p + i, n), terms[k])
+                    store_block(block, dx, at)
+                    i += n
+                n = size - i
 
 
 @inlined
@@ -153,6 +195,7 @@ def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_
                 a, b = value_of(sum_g, r), value_of(sum_g_x_hat, r)
                 fill_terms(terms[k], value_of(mean, r), rstd[r], a, b, n, mean is not None, x)
             finish_rows(g, x, dy, dx, first, rows, chunk, terms, weight, own)
+    finish(cut.streamed)
 
 
 @helper
@@ -173,6 +216,7 @@ def backward_band(g, x, dy, dx, band, mean, rstd, weight, own):
                 fill_terms(terms[k], value_of(mean, r), rstd[r], a, b, n, mean is not None, x)
             for chunk in range(cut.chunks):
                 finish_rows(g, x, dy, dx, first, rows, chunk, terms, weight, own)
+    finish(cut.streamed)
 
 
 @helper

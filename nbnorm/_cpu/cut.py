@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nbnorm._cpu.launch import balanced, helper
+from nbnorm._cpu.streams import worthwhile
 from nbnorm._cpu.tiles import CHUNK, part
 from nbnorm._view import View
 
@@ -17,6 +18,7 @@ from nbnorm._view import View
 # apart, gain beyond the second-level cache, too; slots of one segment, neighbours in memory, gain backward only while
 # x, dy and dx fit it (in float32), forward up to four times that.
 APART_TOGETHER = 1 << 19
+STREAMED_TOGETHER = 1 << 17
 TOGETHER = 5 << 14
 TASKS = 4
 
@@ -34,24 +36,27 @@ class Cut(NamedTuple):
     cols: int
     chunks: int
     slots: int  # neighbours that one task goes through together
+    streamed: int  # whether results are written past the caches
 
 
 @lru_cache(maxsize=4096)
-def geometry(view: View, threads: int, masked: bool = False) -> np.ndarray:
+def geometry(view: View, threads: int, masked: bool = False, size: int = 0) -> np.ndarray:
     """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers.
 
-    A mask makes no difference here, and ``slots`` none for the bits of a result.
+    A mask makes no difference here; ``slots`` and ``streamed``, which follows from the ``size`` of all arrays in
+    bytes, make none for the bits of a result.
     """
     rows, cols = (1, CHUNK) if view.inner > CHUNK else (max(1, CHUNK // view.inner), view.inner)
     chunks = -(-view.outer // rows) * -(-view.inner // cols)
     rule = (view.period, view.width, view.run)
-    slots = together(view, threads)
-    return np.array(Cut(view.outer, view.group, view.inner, *rule, rows, cols, chunks, slots))
+    streamed = worthwhile(size, min(view.run, cols))
+    slots = together(view, threads, streamed)
+    return np.array(Cut(view.outer, view.group, view.inner, *rule, rows, cols, chunks, slots, streamed))
 
 
-def together(view: View, threads: int) -> int:
+def together(view: View, threads: int, streamed: bool = False) -> int:
     """Return how many neighbouring slots a task should go through, such that equal tasks remain for all threads."""
-    most = APART_TOGETHER if view.outer > 1 else TOGETHER
+    most = TOGETHER if view.outer == 1 else STREAMED_TOGETHER if streamed else APART_TOGETHER
     slots = min(most // max(view.values, 1), view.group // (TASKS * threads))
     while slots > 1 and -(-view.group // (slots * threads)) * slots * threads > 1.05 * view.group:
         slots -= 1
@@ -68,7 +73,7 @@ def fused(view: View, threads: int, masked: bool = False) -> bool:
 @helper
 def unpack(g):
     """Name the integers of a geometry."""
-    return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9])
+    return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10])
 
 
 @helper

@@ -7,8 +7,7 @@ from nbnorm._cpu.launch import inlined, loop
 from nbnorm._math import input_gradient, normalize, rounded, standardize
 
 
-@loop
-def apply_line(x, y, mean_hi, rstd, rest, weight, bias):
+def _line(x, y, mean_hi, rstd, rest, weight, bias):
     """Normalize neighbours that share statistics; ``rest`` is what the rounded mean leaves of x_hat."""
     for i in range(x.shape[0]):
         z = normalize(widen(x[i]), mean_hi, rstd, rest)
@@ -17,6 +16,11 @@ def apply_line(x, y, mean_hi, rstd, rest, weight, bias):
         if bias is not None:
             z = rounded(z + bias[i], x)
         y[i] = narrow(z, y)
+
+
+apply_line = loop(_line)
+# The same for the few elements of a block, which then stay in registers.
+apply_block = inlined(_line)
 
 
 @inlined

@@ -130,7 +130,7 @@ def backward(
     if not view.size:
         return np.zeros(parameters), np.zeros(parameters)
     threads = threads_for(view.size)
-    g = geometry(view, threads)
+    g = geometry(view, threads, False, 0 if dx is None else 3 * x.nbytes)
     own_weight = line(weight)
     arrays = (flat(x), flat(dy), None if dx is None else flat(dx), mean, rstd, own_weight)
     sums = np.empty((Cut(*g).bands, 2, parameters), computing(x.dtype)) if with_parameters else None

@@ -31,12 +31,16 @@ def _apply_segment(x, y, residual, mean_hi, scale, shift, activation):
     )
 
 
-@loop
-def apply_elements(x, y, residual, mean_hi, scale, shift, activation):
+def _elements(x, y, residual, mean_hi, scale, shift, activation):
     """Normalize one element after the other."""
     for i in range(x.shape[0]):
         z = before_activation(widen(x[i]), residual, i, mean_hi, scale, shift)
         y[i] = narrow(activate(z, activation), y)
+
+
+apply_elements = loop(_elements)
+# The same for the few elements of a block, which then stay in registers.
+apply_block = inlined(_elements)
 
 
 @loop
@@ -54,7 +58,11 @@ def apply_words(x, y, mean_hi, scale, shift, activation):
 
 
 def summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room):
-    """x and dz of one piece: as they are, or computed into ``room`` where they depend on options."""
+    """x and dz of one piece: as they are, or computed into ``room`` where they depend on options.
+
+    So dz takes part in the same sums, and gives the same bits, as one that comes from outside. What neither counts
+    nor has a gradient may be NaN; it takes part as 0.
+    """
     given = (x, dy, residual, weights, mean_hi, scale, shift, activation, room)
     return _summands(*given)(*given)
 
@@ -63,25 +71,34 @@ def summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room):
 def _summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room):
     if is_none(room):
         return lambda x, dy, residual, weights, mean_hi, scale, shift, activation, room: (x, dy)
+    if is_none(weights):
+        return lambda x, dy, residual, weights, mean_hi, scale, shift, activation, room: (
+            x, computed_dz(x, dy, residual, mean_hi, scale, shift, activation, room)
+        )  # fmt: skip
     return lambda x, dy, residual, weights, mean_hi, scale, shift, activation, room: computed_summands(
         x, dy, residual, weights, mean_hi, scale, shift, activation, room
     )
 
 
 @loop
-def computed_summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room):
-    """Write x and dz of one piece out.
+def computed_dz(x, dy, residual, mean_hi, scale, shift, activation, room):
+    """Write dz of one piece out."""
+    n = x.shape[0]
+    dz_room = row(room[1], 0, n)
+    for i in range(n):
+        z = before_activation(widen(x[i]), residual, i, mean_hi, scale, shift)
+        dz_room[i] = activation_gradient(widen(dy[i]), z, activation)
+    return dz_room
 
-    So dz takes part in the same sums, and gives the same bits, as one that comes from outside. What neither counts
-    nor has a gradient may be NaN; it takes part as 0.
-    """
+
+@loop
+def computed_summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room):
+    """Write x and dz of one piece out."""
     n = x.shape[0]
     x_room, dz_room = row(room[0], 0, n), row(room[1], 0, n)
     for i in range(n):
         value, d = widen(x[i]), widen(dy[i])
-        absent = False
-        if weights is not None:
-            absent = weights[i] == 0 and d == 0
+        absent = weights[i] == 0 and d == 0
         if activation is not None:
             z = before_activation(value, residual, i, mean_hi, scale, shift)
             d = activation_gradient(d, z, activation)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from nbnorm._cpu.cut import block, bounds, positions, runs, unpack
 from nbnorm._cpu.lanes import fill
-from nbnorm._cpu.launch import helper, loop
-from nbnorm._cpu.memory import row
-from nbnorm._cpu.segments import apply_segment, input_grad_segment, summands
+from nbnorm._cpu.launch import helper, inlined, loop
+from nbnorm._cpu.memory import borrowed, row
+from nbnorm._cpu.segments import apply_block, apply_segment, input_grad_segment, summands
+from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
 from nbnorm._cpu.tiles import (
     PIECE,
     TILE,
@@ -94,15 +95,28 @@ def run_affine(cut, x, slot, j, mean, rstd, weight, bias):
 def apply_chunk(g, x, y, slot, slots, chunk, mean, rstd, weight, bias, residual, activation):
     """Normalize one chunk of each of some slots, run by run."""
     cut = unpack(g)
+    x, y, block_of_y = borrowed(x), borrowed(y), block_like(y)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
     for r in range(r0, r0 + rows):
         for k in range(slot, slot + slots):
             for j in range(first_run, end_run):
-                start, n = bounds(cut, j, c0, cols)
-                i = (r * cut.group + k) * cut.inner + start
+                start, size = bounds(cut, j, c0, cols)
+                first = (r * cut.group + k) * cut.inner + start
                 own = run_affine(cut, x, k, j, mean[k], rstd[k], weight, bias)
-                apply_segment(row(x, i, n), row(y, i, n), part(residual, i, n), *own, activation)
+                i, n = 0, before_blocks(y, first, size, cut.streamed)
+                while i < size:
+                    at = first + i
+                    apply_segment(row(x, at, n), row(y, at, n), part(residual, at, n), *own, activation)
+                    i += n
+                    n = block_of_y.shape[0]
+                    while i + n <= size:
+                        at = first + i
+                        apply_block(row(x, at, n), block_of_y, part(residual, at, n), *own, activation)
+                        store_block(block_of_y, y, at)
+                        i += n
+                    n = size - i
+    finish(cut.streamed)
 
 
 @helper
@@ -181,6 +195,17 @@ def run_terms(cut, x, slot, j, mean, rstd, weight, bias, terms):
     )  # fmt: skip
 
 
+@inlined
+def input_grad_part(x, dy, dx, dresidual, residual, weights, own, activation, constant):
+    """Dx of neighbours in one run, by its `run_terms`."""
+    mean_hi, hat_scale, slope, offset, gain, scale, shift = own
+    arrays = (x, dy, dx, dresidual, residual, weights)
+    if constant:
+        input_grad_segment(*arrays, mean_hi, hat_scale, None, None, gain, scale, shift, activation)
+    else:
+        input_grad_segment(*arrays, mean_hi, hat_scale, slope, offset, gain, scale, shift, activation)
+
+
 @loop
 def input_grad_chunk(
     g, x, dy, dx, dresidual, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, terms,
@@ -188,26 +213,32 @@ def input_grad_chunk(
 ):  # fmt: skip
     """Dx of one chunk of each of some slots, run by run."""
     cut = unpack(g)
+    x, dy, dx, block_of_dx = borrowed(x), borrowed(dy), borrowed(dx), block_like(dx)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
     for r in range(r0, r0 + rows):
         for k in range(slot, slot + slots):
             for j in range(first_run, end_run):
-                start, n = bounds(cut, j, c0, cols)
-                i = (r * cut.group + k) * cut.inner + start
-                own_weights = positions(entry(weights, k // cut.period), cut, r, j, start, n)
-                arrays = (
-                    row(x, i, n),
-                    row(dy, i, n),
-                    row(dx, i, n),
-                    part(dresidual, i, n),
-                    part(residual, i, n),
-                )
-                mean_hi, hat_scale, slope, offset, gain, scale, shift = run_terms(
-                    cut, x, k, j, mean[k], rstd[k], weight, bias, terms[k]
-                )
-                own = (own_weights, mean_hi, hat_scale)
-                if constant:
-                    input_grad_segment(*arrays, *own, None, None, gain, scale, shift, activation)
-                else:
-                    input_grad_segment(*arrays, *own, slope, offset, gain, scale, shift, activation)
+                start, size = bounds(cut, j, c0, cols)
+                first = (r * cut.group + k) * cut.inner + start
+                own_weights = positions(entry(weights, k // cut.period), cut, r, j, start, size)
+                own = run_terms(cut, x, k, j, mean[k], rstd[k], weight, bias, terms[k])
+                i, n = 0, before_blocks(dx, first, size, cut.streamed)
+                while i < size:
+                    at = first + i
+                    input_grad_part(
+                        row(x, at, n), row(dy, at, n), row(dx, at, n), part(dresidual, at, n), part(residual, at, n),
+                        part(own_weights, i, n), own, activation, constant,
+                    )  # fmt: skip
+                    i += n
+                    n = block_of_dx.shape[0]
+                    while i + n <= size:
+                        at = first + i
+                        input_grad_part(
+                            row(x, at, n), row(dy, at, n), block_of_dx, part(dresidual, at, n), part(residual, at, n),
+                            part(own_weights, i, n), own, activation, constant,
+                        )  # fmt: skip
+                        store_block(block_of_dx, dx, at)
+                        i += n
+                    n = size - i
+    finish(cut.streamed)

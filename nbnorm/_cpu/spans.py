@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nbnorm._cpu.launch import balanced, inlined
+from nbnorm._cpu.streams import worthwhile
 from nbnorm._cpu.tiles import CHUNK
 from nbnorm._view import View
 
@@ -39,20 +40,23 @@ class Cut(NamedTuple):
     bands: int
     chunks: int
     step: int
+    streamed: int  # whether results are written past the caches
 
 
 @lru_cache(maxsize=4096)
-def geometry(view: View, threads: int, masked: bool = False) -> np.ndarray:
+def geometry(view: View, threads: int, masked: bool = False, size: int = 0) -> np.ndarray:
     """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers.
 
-    All traversals are asked in this way; here neither threads, which must not change a sum, nor a mask matter.
+    All traversals are asked in this way; here neither threads, which must not change a sum, nor a mask matter. ``size``
+    is that of all arrays in bytes.
     """
     rows, inner, period = view.slots, view.inner, view.period
     samples = rows // period
     wanted = min(max(MIN_BANDS, samples // BAND), -(-rows * inner // BAND_SIZE))
     band = min(BAND, max(BACKWARD_STEP, -(-samples // max(wanted, 1))))
     step = FORWARD_STEP if inner <= SHORT_ROW else 1
-    return np.array(Cut(rows, inner, period, band, -(-samples // band), -(-inner // CHUNK), step))
+    bands, chunks = -(-samples // band), -(-inner // CHUNK)
+    return np.array(Cut(rows, inner, period, band, bands, chunks, step, worthwhile(size, inner)))
 
 
 @lru_cache(maxsize=4096)
@@ -64,7 +68,7 @@ def fused(view: View, threads: int, masked: bool = False) -> bool:
 @inlined
 def unpack(g):
     """Name the integers of a geometry."""
-    return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6])
+    return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7])
 
 
 @inlined

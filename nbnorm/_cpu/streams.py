@@ -1,0 +1,146 @@
+"""Results past the caches: whole lines of memory, written without being read first and without driving others out.
+
+A plain store brings its line into the caches. Where x and the results do not fit the last-level cache together, that
+is a transfer for nothing, and takes the place of x, which a second pass reads. Streamed results are computed block by
+block, each a few lines that the compiler keeps in registers, and stored from there.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.imputils import impl_ret_borrowed
+from numba.extending import intrinsic, overload
+from numba.np.arrayobj import populate_array
+
+from nbnorm._cpu.launch import inlined
+from nbnorm._cpu.memory import row
+from nbnorm._math import by_type
+
+LINE = 64
+# As many bytes as the loops over elements take in one step: blocks of one line are not vectorized.
+BLOCK = 4 * LINE
+# Neighbours that are worth it: of shorter ones too many lines are not whole (benchmarks/choices.py).
+SHORTEST = 768
+_CONTENT = ir.VectorType(ir.IntType(8), LINE)
+
+
+@lru_cache(maxsize=1)
+def last_level() -> int:
+    """Return the bytes of the last-level cache, 32 MB where the system does not tell."""
+    try:
+        size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
+        return int(size.removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return 1 << 25
+
+
+def worthwhile(size: int, neighbours: int) -> bool:
+    """Whether arrays of so many bytes together do not stay in the caches, and enough lines are whole."""
+    return neighbours >= SHORTEST and size > last_level()
+
+
+@inlined
+def before_blocks(y, first, n, streamed):
+    """Return how many of ``n`` elements come before those that are streamed: all of them if there are none."""
+    return min(n, before_line(row(y, first, n))) if streamed else n
+
+
+def block_like(y):
+    """Return room for a block of a result like y."""
+    return np.empty(BLOCK // y.itemsize, y.dtype)
+
+
+@overload(block_like, inline="always")
+def _block_like(y):
+    return lambda y: _room(y)
+
+
+def store_block(block, y, first):
+    """Store a block, which begins with a line of memory, past the caches."""
+    y[first : first + block.shape[0]] = block
+
+
+@by_type(store_block)
+def _store_block(block, y, first):
+    return lambda block, y, first: _stored(block, y, first)
+
+
+def before_line(x):
+    """Elements before the first whole line of memory."""
+    return -x.ctypes.data % LINE // x.itemsize
+
+
+@by_type(before_line)
+def _before_line(x):
+    return lambda x: _distance(x)
+
+
+def finish(streamed):
+    """Let other threads see what has been streamed."""
+
+
+@by_type(finish)
+def _finish(streamed):
+    return lambda streamed: _fence() if streamed else None
+
+
+@intrinsic
+def _room(typingctx, y):
+    result = types.Array(y.dtype, 1, "C")
+
+    def generate(context, builder, signature, args):
+        element, word = context.get_data_type(y.dtype), context.get_value_type(types.intp)
+        itemsize = context.get_abi_sizeof(element)
+        n = BLOCK // itemsize
+        room = cgutils.alloca_once(builder, ir.ArrayType(element, n))
+        room.align = LINE
+        block = context.make_array(result)(context, builder)
+        data = builder.bitcast(room, element.as_pointer())
+        size, step = word(n), word(itemsize)
+        populate_array(block, data=data, shape=[size], strides=[step], itemsize=step, meminfo=None)
+        return impl_ret_borrowed(context, builder, result, block._getvalue())
+
+    return result(y), generate
+
+
+@intrinsic
+def _stored(typingctx, block, y, first):
+    def generate(context, builder, signature, args):
+        word = context.get_value_type(types.intp)
+        source = context.make_array(block)(context, builder, args[0]).data
+        target = builder.gep(context.make_array(y)(context, builder, args[1]).data, [args[2]])
+        streamed = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+        source, target = (builder.bitcast(data, _CONTENT.as_pointer()) for data in (source, target))
+        for i in range(BLOCK // LINE):
+            content = builder.load(builder.gep(source, [word(i)]), align=LINE)
+            store = builder.store(content, builder.gep(target, [word(i)]), align=LINE)
+            store.set_metadata("nontemporal", streamed)
+        return context.get_dummy_value()
+
+    return types.none(block, y, types.intp), generate
+
+
+@intrinsic
+def _distance(typingctx, x):
+    def generate(context, builder, signature, args):
+        data = context.make_array(x)(context, builder, args[0]).data
+        word = context.get_value_type(types.intp)
+        behind = builder.and_(builder.neg(builder.ptrtoint(data, word)), word(LINE - 1))
+        return builder.udiv(behind, word(context.get_abi_sizeof(context.get_data_type(x.dtype))))
+
+    return types.intp(x), generate
+
+
+@intrinsic
+def _fence(typingctx):
+    def generate(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.none(), generate

@@ -1,0 +1,101 @@
+"""Results that are written past the caches, of which small arrays make no use by themselves."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import nbnorm
+from nbnorm._cpu import cut, spans, streams
+
+ROWS, PLANES = (7, 1555), (5, 3, 29, 31)
+ENDLESS = 1 << 60
+
+
+def set_last_level(monkeypatch, size):
+    """Let the last-level cache have another size."""
+    monkeypatch.setattr(streams, "last_level", lambda: size)
+    for cache in (cut.geometry, spans.geometry):
+        cache.cache_clear()
+
+
+@pytest.fixture
+def everything_is_streamed(monkeypatch):
+    set_last_level(monkeypatch, 0)
+    assert streams.worthwhile(1, min(PLANES[2] * PLANES[3], ROWS[1]))
+    yield
+    set_last_level(monkeypatch, ENDLESS)
+
+
+def shifted(shape, dtype, shift, rng):
+    """Draw an array that begins some elements behind a line of memory."""
+    size = int(np.prod(shape))
+    room = np.full(size + 256, np.nan, dtype)
+    start = -room.ctypes.data % streams.LINE // room.itemsize + shift
+    room[start : start + size] = rng.standard_normal(size).astype(dtype)
+    return room[start : start + size].reshape(shape), room, start
+
+
+def results(norm, dtype, shift, **options):
+    """Return y and the gradients, written into shifted buffers, and see that nothing around these has changed."""
+    shape = PLANES if norm == "batch" else ROWS
+    rng = np.random.default_rng(3)
+    x, dy = (shifted(shape, dtype, shift, rng)[0] for _ in range(2))
+    kept = {name: value(shape).astype(dtype) if callable(value) else value for name, value in options.items()}
+    features = shape[1]
+    wide = np.float64 if dtype == np.float64 else np.float32
+    weight, bias = rng.uniform(0.5, 2, (2, features)).astype(wide)
+    forward, backward = (getattr(nbnorm, f"{norm}_norm_{direction}") for direction in ("forward", "backward"))
+    (y, around_y, _), (dx, around_dx, _) = (shifted(shape, dtype, shift, rng) for _ in range(2))
+    parameters = (weight,) if norm == "rms" else (weight, bias)
+    _, saved = forward(x, *parameters, out=y, **kept)
+    gradients = backward(dy, saved, out=(dx, *[None] * (len(parameters) + ("residual" in kept))))
+    for around in (around_y, around_dx):
+        assert np.isnan(around).sum() == 256
+    return [y, *gradients]
+
+
+CASES = [
+    ("batch", np.float32, {}),
+    ("batch", np.float64, {}),
+    ("batch", np.float16, {}),
+    ("batch", ml_dtypes.bfloat16, {}),
+    (
+        "batch",
+        np.float32,
+        {"activation": "relu", "residual": lambda shape: np.linspace(-1, 1, np.prod(shape)).reshape(shape)},
+    ),
+    ("batch", np.float32, {"mask": np.arange(5.0).reshape(5, 1, 1)}),
+    ("layer", np.float32, {}),
+    ("rms", ml_dtypes.bfloat16, {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("norm", "dtype", "options"), CASES, ids=lambda value: getattr(value, "__name__", None)
+)
+@pytest.mark.usefixtures("everything_is_streamed")
+def test_streamed_results_have_the_bits_of_plain_ones(norm, dtype, options, monkeypatch):
+    streamed = [results(norm, dtype, shift, **options) for shift in (0, 1, 5)]
+    set_last_level(monkeypatch, ENDLESS)
+    for shift, own in zip((0, 1, 5), streamed, strict=True):
+        for ours, plain in zip(own, results(norm, dtype, shift, **options), strict=True):
+            assert ours.tobytes() == plain.tobytes()
+
+
+@pytest.mark.usefixtures("everything_is_streamed")
+def test_a_gradient_may_be_streamed_into_dy():
+    rng = np.random.default_rng(5)
+    x, dy = rng.standard_normal((2, *PLANES), np.float32)
+    _, saved = nbnorm.batch_norm_forward(x)
+    expected = nbnorm.batch_norm_backward(dy, saved)[0].copy()
+    (into, *_) = nbnorm.batch_norm_backward(dy, saved, out=(dy, None, None))
+    assert into is dy
+    np.testing.assert_array_equal(dy, expected)
+
+
+def test_what_is_streamed_follows_from_size_and_neighbours():
+    size = streams.last_level()
+    assert size >= 1 << 18
+    assert streams.worthwhile(size + 1, streams.SHORTEST)
+    assert not streams.worthwhile(size, streams.SHORTEST)
+    assert not streams.worthwhile(size + 1, streams.SHORTEST - 1)
