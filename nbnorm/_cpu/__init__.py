@@ -7,11 +7,12 @@ float64 arrays with one entry per slot.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from nbnorm._cpu import columns, planes, rows
 from nbnorm._cpu.launch import flat, kernel, line, optional, threads_for
 from nbnorm._math import blend, merge, reciprocal_std
 from nbnorm._options import Epilogue, Mask
@@ -21,17 +22,21 @@ __all__ = [
     "apply", "backward", "forward", "grad_sums", "input_grad", "merge_moments", "moments", "rstd", "update_running",
 ]  # fmt: skip
 
-_TRAVERSALS = {"planes": planes, "columns": columns, "rows": rows}
-
 Array = np.ndarray
 Sums = tuple[Array, Array]
+
+
+@lru_cache(maxsize=3)
+def _walk(traversal: str) -> Any:
+    """Import a traversal when a view asks for it: all three take as long as a third of an import of Numba."""
+    return import_module(f"nbnorm._cpu.{traversal}")
 
 
 def moments(
     view: View, x: Array, centered: bool = True, mask: Mask | None = None
 ) -> tuple[Array | None, Array]:
     """Mean and m2 (the sum of squared deviations) of every slot; not centered, None and the sum of squares."""
-    walk = _TRAVERSALS[view.traversal]
+    walk = _walk(view.traversal)
     m2 = np.zeros(view.slots)
     mean = np.zeros(view.slots) if centered else None
     if view.size:
@@ -61,7 +66,7 @@ def rstd(m2: Array, count: float | Array, eps: float) -> Array:
 def apply(view: View, x: Array, y: Array, mean: Array | None, rstd: Array, epilogue: Epilogue) -> None:
     """Normalize x with given statistics into y."""
     if view.size:
-        walk = _TRAVERSALS[view.traversal]
+        walk = _walk(view.traversal)
         options = _flat_epilogue(view, epilogue)
         threads = threads_for(view.size)
         g = walk.geometry(view, threads, False, 2 * x.nbytes)
@@ -87,7 +92,7 @@ def forward(
 ) -> tuple[Array | None, Array, Array]:
     """Normalize x with its own statistics into y; return mean (None if not centered), m2 and rstd."""
     threads = threads_for(view.size)
-    walk = _TRAVERSALS[view.traversal]
+    walk = _walk(view.traversal)
     masked = mask is not None
     if not view.size or not walk.fused(view, threads, masked):
         mean, m2 = moments(view, x, centered, mask)
@@ -113,7 +118,8 @@ def grad_sums(
 ) -> Sums:
     """Sums of dz and of dz * x_hat that belong to each parameter."""
     if view.traversal == "rows":
-        return rows.backward(view, x, dy, None, mean, rstd, None, True)
+        gradients: Sums = _walk("rows").backward(view, x, dy, None, mean, rstd, None, True)
+        return gradients
     sums = _slot_sums(view, x, dy, mean, rstd, epilogue, mask)
     return _by_parameter(view, sums)
 
@@ -124,7 +130,7 @@ def _slot_sums(
     """Sums of dz and of dz * x_hat over every run of every slot, shape (2, slots, width)."""
     sums = np.zeros((2, view.slots, view.width))
     if view.size:
-        walk = _TRAVERSALS[view.traversal]
+        walk = _walk(view.traversal)
         options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
         threads = threads_for(view.size)
         g = walk.geometry(view, threads, mask is not None)
@@ -154,7 +160,7 @@ def input_grad(
 
 
 def _input_grad(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, mask, constant):
-    walk = _TRAVERSALS[view.traversal]
+    walk = _walk(view.traversal)
     arrays = (flat(x), flat(dy), flat(dx), optional(dresidual), mean, rstd)
     options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
     threads = threads_for(view.size)
@@ -173,9 +179,12 @@ def backward(
 ) -> Sums:  # fmt: skip
     """Write dx, and dz into ``dresidual``, and return the sums of `grad_sums`; statistics are those of x."""
     if view.traversal == "rows":
-        return rows.backward(view, x, dy, dx, mean, rstd, epilogue.weight, with_parameters)
+        gradients: Sums = _walk("rows").backward(
+            view, x, dy, dx, mean, rstd, epilogue.weight, with_parameters
+        )
+        return gradients
     threads = threads_for(view.size)
-    walk = _TRAVERSALS[view.traversal]
+    walk = _walk(view.traversal)
     if not view.size or not walk.fused(view, threads, mask is not None):
         sums = _slot_sums(view, x, dy, mean, rstd, epilogue, mask)
         if view.size:

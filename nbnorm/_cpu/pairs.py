@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from llvmlite import ir
 from numba import types
-from numba.core.imputils import impl_ret_borrowed
 from numba.extending import intrinsic
-from numba.np.arrayobj import populate_array
 
 from nbnorm._cpu.halves import round_to_bfloat
+from nbnorm._cpu.memory import emit_view
 
 _FLOAT, _WORD = ir.FloatType(), ir.IntType(32)
 _SHIFT, _UPPER = _WORD(16), _WORD(0xFFFF0000)
@@ -29,12 +28,9 @@ def words(typingctx, x):
 
     def generate(context, builder, signature, args):
         source = context.make_array(x)(context, builder, args[0])
-        target = context.make_array(result)(context, builder)
-        itemsize = context.get_constant(types.intp, 4)
         data = builder.bitcast(source.data, context.get_data_type(types.uint32).as_pointer())
         size = builder.lshr(builder.extract_value(source.shape, 0), context.get_constant(types.intp, 1))
-        populate_array(target, data=data, shape=[size], strides=[itemsize], itemsize=itemsize, meminfo=None)
-        return impl_ret_borrowed(context, builder, result, target._getvalue())
+        return emit_view(context, builder, result, data, size)
 
     return result(x), generate
 

@@ -13,13 +13,10 @@ from pathlib import Path
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
-from numba.core.imputils import impl_ret_borrowed
 from numba.extending import intrinsic, overload
-from numba.np.arrayobj import populate_array
 
 from nbnorm._cpu.launch import inlined
-from nbnorm._cpu.memory import row
+from nbnorm._cpu.memory import emit_view, row
 from nbnorm._math import by_type
 
 LINE = 64
@@ -95,16 +92,13 @@ def _room(typingctx, y):
     result = types.Array(y.dtype, 1, "C")
 
     def generate(context, builder, signature, args):
-        element, word = context.get_data_type(y.dtype), context.get_value_type(types.intp)
-        itemsize = context.get_abi_sizeof(element)
-        n = BLOCK // itemsize
-        room = cgutils.alloca_once(builder, ir.ArrayType(element, n))
+        element = context.get_data_type(y.dtype)
+        n = BLOCK // context.get_abi_sizeof(element)
+        with builder.goto_entry_block():
+            room = builder.alloca(ir.ArrayType(element, n))
         room.align = LINE
-        block = context.make_array(result)(context, builder)
         data = builder.bitcast(room, element.as_pointer())
-        size, step = word(n), word(itemsize)
-        populate_array(block, data=data, shape=[size], strides=[step], itemsize=step, meminfo=None)
-        return impl_ret_borrowed(context, builder, result, block._getvalue())
+        return emit_view(context, builder, result, data, context.get_constant(types.intp, n))
 
     return result(y), generate
 
