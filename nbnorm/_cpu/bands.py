@@ -17,7 +17,16 @@ from nbnorm._cpu.lines import (
 from nbnorm._cpu.memory import borrowed, row
 from nbnorm._cpu.spans import BACKWARD_STEP, samples_of, span, unpack
 from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
-from nbnorm._cpu.tiles import add_rows, line_moments, part, piece, piece_grad_sums, settle_rows
+from nbnorm._cpu.tiles import (
+    TILE,
+    add_rows,
+    fetch_ahead,
+    line_moments,
+    part,
+    piece,
+    piece_grad_sums,
+    settle_rows,
+)
 from nbnorm._math import affine, gradient_terms, merge, recentered, reciprocal_std
 
 
@@ -33,6 +42,8 @@ def row_moments(g, x, r, mean, m2):
     n = row_mean = row_m2 = 0.0
     for chunk in range(unpack(g).chunks):
         first, size, _ = span(g, r, chunk)
+        if mean is not None:
+            fetch_ahead(x, first + size, min(TILE, size))
         part_n, part_mean, part_m2 = line_moments(row(x, first, size), None, mean is not None)
         if chunk == 0:  # as `merge` would have it, but short rows notice its call
             n, row_mean, row_m2 = part_n, part_mean, part_m2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
@@ -54,3 +55,28 @@ def _borrowed(typingctx, x, first, n):
         return emit_view(context, builder, result, builder.gep(source.data, [args[1]]), args[2])
 
     return result(x, types.intp, types.intp), generate
+
+
+def fetch(x, i):
+    """Ask for the line of memory in which an element lies, which is needed soon."""
+
+
+@by_type(fetch)
+def _fetch(x, i):
+    return lambda x, i: _fetched(x, i)
+
+
+@intrinsic
+def _fetched(typingctx, x, i):
+    def generate(context, builder, signature, args):
+        data = builder.gep(context.make_array(x)(context, builder, args[0]).data, [args[1]])
+        address = builder.bitcast(data, ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
+        prefetch = builder.module.globals.get("llvm.prefetch.p0") or ir.Function(
+            builder.module, kind, "llvm.prefetch.p0"
+        )
+        builder.call(prefetch, [address, number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.none(x, types.intp), generate
