@@ -8,9 +8,9 @@ Chunks and tiles, blocks of whole segments or parts of one, are cut by the shape
 Tried and left out: second passes that walk backwards, into what has been read last (a quarter less slot by slot on
 1 to 6 MB on Zen 3, no difference on Zen 4); fetching the next segment ahead (3 to 6 % of a reading pass on Zen 3,
 nothing on Zen 4); fetching the next slot ahead (a third of a reading pass slot by slot of 14 x 14 on Zen 4, less than
-walking along memory gains); dx streamed past the caches, from a piece in cache and in whole lines (on Zen 4 a fifth
-less at 25 MB, where x and dy then stay in the last-level cache from call to call, a twentieth less at 50 and 100 MB; on
-Zen 3 as long at 25 MB, a sixth longer at 50 MB).
+walking along memory gains); streaming results from a piece in cache instead of from registers (`streams`; backward a
+tenth longer on Zen 5, on Zen 3 longer than plain stores); dz of an activation computed within the loop of the sums (a
+tenth less on Zen 5, but sums that need not have the bits of those over a dz from outside).
 """
 
 from __future__ import annotations
