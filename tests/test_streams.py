@@ -83,6 +83,25 @@ def test_streamed_results_have_the_bits_of_plain_ones(norm, dtype, options, monk
 
 
 @pytest.mark.usefixtures("everything_is_streamed")
+@pytest.mark.parametrize(
+    ("dtype", "offset"), [(np.float32, 1), (np.float32, 2), (np.float64, 4), (np.float16, 1)]
+)
+def test_buffers_whose_elements_are_not_aligned(dtype, offset):
+    """No element of theirs begins a line of memory; a store of whole lines would end the process."""
+    rng = np.random.default_rng(11)
+    x, dy = rng.standard_normal((2, *PLANES)).astype(dtype)
+    raw = np.empty(x.nbytes + 64, np.uint8)
+    out = raw[offset : offset + x.nbytes].view(dtype).reshape(x.shape)
+    expected, saved = nbnorm.batch_norm_forward(x)
+    assert nbnorm.batch_norm_forward(x, out=out)[0].tobytes() == expected.tobytes()
+    expected = nbnorm.batch_norm_backward(dy, saved)[0]
+    assert nbnorm.batch_norm_backward(dy, saved, out=(out, None, None))[0].tobytes() == expected.tobytes()
+    rows = x.reshape(5, -1)
+    expected, _ = nbnorm.layer_norm_forward(rows)
+    assert nbnorm.layer_norm_forward(rows, out=out.reshape(5, -1))[0].tobytes() == expected.tobytes()
+
+
+@pytest.mark.usefixtures("everything_is_streamed")
 def test_a_gradient_may_be_streamed_into_dy():
     rng = np.random.default_rng(5)
     x, dy = rng.standard_normal((2, *PLANES), np.float32)

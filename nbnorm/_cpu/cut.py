@@ -16,8 +16,8 @@ from nbnorm._view import View
 # a tenth to two fifths less time than slot by slot, since the walk along memory is longer (benchmarks/choices.py; AMD
 # EPYC, Zen 4, two cores, 1 MB of second-level and 32 MB of last-level cache). Slots of several segments, which lie
 # apart, gain beyond the second-level cache, too; slots of one segment, neighbours in memory, gain backward only while
-# x, dy and dx fit it (in float32), forward up to four times that. Slots whose results are streamed gain only while x and
-# dy fit it: dx of (32, 64, 56, 56) takes a sixth less slot by slot than four at a time (Zen 5).
+# x, dy and dx fit it (in float32), forward up to four times that. Slots whose results are streamed gain only while x
+# and dy fit it: dx of (32, 64, 56, 56) takes a sixth less slot by slot than four at a time (Zen 5).
 APART_TOGETHER = 1 << 19
 STREAMED_TOGETHER = 1 << 17
 TOGETHER = 5 << 14

@@ -24,6 +24,7 @@ LINE = 64
 BLOCK = 4 * LINE
 # Neighbours that are worth it: of shorter ones too many lines are not whole (benchmarks/choices.py).
 SHORTEST = 768
+NEVER = 1 << 62
 _CONTENT = ir.VectorType(ir.IntType(8), LINE)
 
 
@@ -69,8 +70,9 @@ def _store_block(block, y, first):
 
 
 def before_line(x):
-    """Elements before the first whole line of memory."""
-    return -x.ctypes.data % LINE // x.itemsize
+    """Elements before the first that begins a line of memory; no end of them where elements are not aligned."""
+    behind = -x.ctypes.data % LINE
+    return NEVER if behind % x.itemsize else behind // x.itemsize
 
 
 @by_type(before_line)
@@ -125,8 +127,10 @@ def _distance(typingctx, x):
     def generate(context, builder, signature, args):
         data = context.make_array(x)(context, builder, args[0]).data
         word = context.get_value_type(types.intp)
+        itemsize = word(context.get_abi_sizeof(context.get_data_type(x.dtype)))
         behind = builder.and_(builder.neg(builder.ptrtoint(data, word)), word(LINE - 1))
-        return builder.udiv(behind, word(context.get_abi_sizeof(context.get_data_type(x.dtype))))
+        aligned = builder.icmp_unsigned("==", builder.urem(behind, itemsize), word(0))
+        return builder.select(aligned, builder.udiv(behind, itemsize), word(NEVER))
 
     return types.intp(x), generate
 
