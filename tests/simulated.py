@@ -258,7 +258,7 @@ def test_forward_and_backward(case):
     if centered:
         expected, bound = forward.per_slot("mean"), oracle.mean_tolerance(forward)
         oracle.assert_within(host(mean), expected.ravel(), bound.ravel(), "mean")
-    count = float(view.values)
+    count = count_of(run, view)
     sums = _cuda.backward(view, x, dy, dx, dres, mean, rstd, run.epilogue, count, run.mask)
     oracle.assert_within(split(host(dx)), gradients.dx, oracle.dx_tolerance(forward, gradients), "dx")
     for name, found in (("dbias", sums[0]), ("dweight", sums[1])):
@@ -273,12 +273,16 @@ def test_forward_and_backward(case):
     for name, one, two in zip(("mean", "m2"), (mean, m2), again, strict=True):
         if one is not None:
             oracle.assert_same_bits(host(two), host(one), name)
-    counts = count if run.mask is None else run.mask.counts
-    oracle.assert_same_bits(host(_cuda.rstd(m2, counts, EPS)), host(rstd), "rstd")
+    oracle.assert_same_bits(host(_cuda.rstd(m2, count, EPS)), host(rstd), "rstd")
     _cuda.apply(view, x, y_again, mean, rstd, run.epilogue)
     oracle.assert_same_bits(host(y_again), host(y), "y by given statistics")
     if case.norm == "batch":
         _two_phases(run, view, x, dy, mean, rstd, sums, host(dx), forward, gradients)
+
+
+def count_of(run, view):
+    """Return how many values share a mean: one number, or one for each row of the mask."""
+    return float(view.values) if run.mask is None else run.mask.counts
 
 
 def _two_phases(run, view, x, dy, mean, rstd, sums, dx, forward, gradients):
@@ -291,13 +295,13 @@ def _two_phases(run, view, x, dy, mean, rstd, sums, dx, forward, gradients):
     dx_again = blank(run.x)
     dres = None if run.residual is None else blank(run.x)
     arguments = (mean, rstd, run.epilogue)
-    _cuda.input_grad(view, x, dy, dx_again, dres, *arguments, found, float(view.values), run.mask)
+    _cuda.input_grad(view, x, dy, dx_again, dres, *arguments, found, count_of(run, view), run.mask)
     oracle.assert_within(host(dx_again), gradients.dx, oracle.dx_tolerance(forward, gradients), "dx by sums")
     _cuda.input_grad(view, x, dy, dx_again, dres, *arguments, None, float(view.values), None)
     expected = gradients.g * forward.rstd
     oracle.assert_within(host(dx_again), expected, oracle.dx_tolerance(forward, gradients), "constant dx")
     into = put(run.dy)
-    _cuda.backward(view, x, into, into, None, *arguments, float(view.values), run.mask)
+    _cuda.backward(view, x, into, into, None, *arguments, count_of(run, view), run.mask)
     oracle.assert_same_bits(host(into), dx, "dx in the place of dy")
 
 

@@ -149,6 +149,24 @@ def test_two_phases(cp, rng):
     )
 
 
+def test_parts_of_a_masked_batch(cp, rng):
+    """A part divides by the count of the whole batch, which its own mask does not know."""
+    x, dy = rng.standard_normal((2, 8, 4)).astype(np.float32)
+    mask = rng.integers(0, 3, 8).astype(np.float32)
+    mask[[0, -1]] = 2
+    dx = nbnorm.batch_norm_backward(dy, nbnorm.batch_norm_forward(x, mask=mask)[1])[0]
+    parts = slice(0, 3), slice(3, None)
+    first, second = (nbnorm.batch_moments(on(cp, x[part]), mask=on(cp, mask[part])) for part in parts)
+    m = first.merge(second)
+    records = [nbnorm.batch_norm_apply(on(cp, x[part]), m, mask=on(cp, mask[part]))[1] for part in parts]
+    first, second = (
+        nbnorm.batch_norm_grad_sums(on(cp, dy[part]), own) for part, own in zip(parts, records, strict=True)
+    )
+    for part, own in zip(parts, records, strict=True):
+        found = nbnorm.batch_norm_input_grad(on(cp, dy[part]), own, first.merge(second))
+        np.testing.assert_allclose(found.get(), dx[part], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("layout", ["F", "last two swapped", "gaps", "layer of another order"])
 def test_strides(cp, rng, layout):
     """Any strides; results in the memory order of x."""

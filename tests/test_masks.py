@@ -52,6 +52,28 @@ def test_padding_is_not_there(activation, channels_last, rng):
     np.testing.assert_allclose(dbias, plain_dbias, atol=2e-5)
 
 
+@pytest.mark.parametrize("shape", [(5, 4, 9, 11), (12, 4)], ids=["planes", "columns"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["counts", "weights"])
+def test_parts_of_a_masked_batch(shape, weighted, rng):
+    """Merged moments and sums give each part the dx of the whole: its own mask does not know how many values count."""
+    x, dy = rng.standard_normal((2, *shape), np.float32)
+    mask = rng.integers(0, 4, (shape[0], *shape[2:]))
+    mask[[0, -1]] = 2  # no part without any
+    mask = mask.astype(np.float32) if weighted else mask > 0
+    _, saved = nbnorm.batch_norm_forward(x, mask=mask)
+    dx = nbnorm.batch_norm_backward(dy, saved)[0]
+    parts = slice(0, 3), slice(3, None)
+    first, second = (nbnorm.batch_moments(x[part], mask=mask[part]) for part in parts)
+    m = first.merge(second)
+    records = [nbnorm.batch_norm_apply(x[part], m, mask=mask[part])[1] for part in parts]
+    first, second = (
+        nbnorm.batch_norm_grad_sums(dy[part], own) for part, own in zip(parts, records, strict=True)
+    )
+    for part, own in zip(parts, records, strict=True):
+        found = nbnorm.batch_norm_input_grad(dy[part], own, first.merge(second))
+        np.testing.assert_allclose(found, dx[part], atol=16 * np.finfo(np.float32).eps * np.abs(dx).max())
+
+
 @pytest.mark.parametrize("norm", ["batch", "instance"])
 def test_integer_weights_are_repetitions(norm, rng):
     """A weight of k stands for k equal samples, whose dy and dx are parts of the weighted one's."""

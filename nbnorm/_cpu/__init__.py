@@ -165,12 +165,15 @@ def _input_grad(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, m
     options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
     threads = threads_for(view.size)
     g = walk.geometry(view, threads, mask is not None, 3 * x.nbytes)
-    walk.input_grad_kernel(threads, g, *arrays, *options, sums[0], sums[1], *_counts(count, mask), constant)
+    walk.input_grad_kernel(threads, g, *arrays, *options, sums[0], sums[1], *_counts(count), constant)
 
 
-def _counts(count: float, mask: Mask | None) -> tuple[float, Array | None]:
-    """Return the number of values of a slot as kernels take it: one for all, or one for each row of the mask."""
-    return (float(count), None) if mask is None else (0.0, mask.counts)
+def _counts(count: float | Array) -> tuple[float, Array | None]:
+    """Return the number of values of a slot as kernels take it: one for all, or one for each row of a mask.
+
+    It may be that of a batch of which x is a part, so that the mask does not know it.
+    """
+    return (0.0, count.reshape(-1)) if isinstance(count, np.ndarray) else (float(count), None)
 
 
 def backward(
@@ -194,7 +197,7 @@ def backward(
         arrays = (flat(x), flat(dy), flat(dx), optional(dresidual), mean, rstd)
         options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
         g = walk.geometry(view, threads, mask is not None, 3 * x.nbytes)
-        walk.backward_kernel(threads, g, *arrays, *options, sums[0], sums[1], *_counts(count, mask))
+        walk.backward_kernel(threads, g, *arrays, *options, sums[0], sums[1], *_counts(count))
     return _by_parameter(view, sums)
 
 

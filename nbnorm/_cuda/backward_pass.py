@@ -198,8 +198,13 @@ def _input_grad(
 
 
 def _counts(count: Any, mask: Mask | None) -> tuple[Array | None, float]:
-    """Return the number of values of a slot as kernels take it: one for each row of a mask, or one for all."""
-    return (None, float(count)) if mask is None else (mask.counts, 0.0)
+    """Return the number of values of a slot as kernels take it: one for each row of a mask, or one for all.
+
+    It may be that of a batch of which x is a part, so that the mask does not know it.
+    """
+    if mask is None:
+        return None, float(count)
+    return (count.reshape(-1) if getattr(count, "ndim", 0) else 0.0 * mask.counts + count), 0.0
 
 
 def _slot_sums(view: View, sums: Sums, weight: Array | None) -> Array:
