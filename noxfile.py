@@ -26,13 +26,15 @@ SMALL = [
     "properties",
     "reestimate",
     "renorm_and_ghost",
+    "streams",
     "tools",
     "two_phase",
     "view",
 ]
 # Every kernel, on arrays that end in the middle of every block.
 KERNELS = [
-    f"tests/test_{name}.py" for name in ("batch_norm", "norms", "options", "masks", "halves", "properties")
+    f"tests/test_{name}.py"
+    for name in ("batch_norm", "norms", "options", "masks", "halves", "properties", "streams")
 ]
 
 
