@@ -87,7 +87,7 @@ def bounds(session: nox.Session) -> None:
 @nox.session
 def coverage(session: nox.Session) -> None:
     """Which lines the tests reach, kernels included: without the compiler."""
-    session.install("-e", ".[test]", "pytest-cov")
+    session.install("-e", ".[test,torch]", "pytest-cov")  # PyTorch: one of those that the bench compares with
     # NumPy's scalars warn of what compiled code computes in silence, and keep sums of float32 in float32.
     options = [
         "--cov=nbnorm",
