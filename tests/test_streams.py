@@ -118,3 +118,22 @@ def test_what_is_streamed_follows_from_size_and_neighbours():
     assert streams.worthwhile(size + 1, streams.SHORTEST)
     assert not streams.worthwhile(size, streams.SHORTEST)
     assert not streams.worthwhile(size + 1, streams.SHORTEST - 1)
+
+
+@pytest.mark.parametrize(
+    ("told", "size"),
+    [
+        ("32768K\n", 1 << 25),
+        ("1024K\n", 1 << 20),
+        ("0K\n", streams.UNKNOWN),
+        ("", streams.UNKNOWN),
+        (None, streams.UNKNOWN),
+    ],
+)
+def test_the_size_of_the_last_level(told, size, tmp_path, monkeypatch):
+    """What the system tells, unless that is nothing; then streaming everything would be slow."""
+    file = tmp_path / "size"
+    if told is not None:
+        file.write_text(told)
+    monkeypatch.setattr(streams, "Path", lambda _: file)
+    assert streams.last_level.__wrapped__() == size

@@ -24,18 +24,19 @@ LINE = 64
 BLOCK = 4 * LINE
 # Neighbours that are worth it: of shorter ones too many lines are not whole (benchmarks/choices.py).
 SHORTEST = 768
+UNKNOWN = 1 << 25  # bytes of a last-level cache of which the system does not tell
 NEVER = 1 << 62
 _CONTENT = ir.VectorType(ir.IntType(8), LINE)
 
 
 @lru_cache(maxsize=1)
 def last_level() -> int:
-    """Return the bytes of the last-level cache, 32 MB where the system does not tell."""
+    """Return the bytes of the last-level cache, as far as the system tells."""
     try:
         size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
-        return int(size.removesuffix("K")) << 10
+        return int(size.removesuffix("K")) << 10 or UNKNOWN
     except (OSError, ValueError):
-        return 1 << 25
+        return UNKNOWN
 
 
 def worthwhile(size: int, neighbours: int) -> bool:
