@@ -20,9 +20,9 @@ SHAPES = {
 }
 
 
-def sparse(path, shape, values):
+def sparse(path, shape, values, dtype=np.float32):
     """Map a file of zeros whose last elements are the values."""
-    x = np.memmap(path, np.float32, "w+", shape=shape).view(np.ndarray)
+    x = np.memmap(path, dtype, "w+", shape=shape).view(np.ndarray)
     x.reshape(-1)[-values.size :] = values
     return x
 
@@ -55,6 +55,32 @@ def test_output(name, tmp_path, rng):
     nbnorm.batch_norm_inference(x, zeros, zeros + 0.25, eps=0, out=y.view(np.ndarray))
     oracle.assert_same_bits(y.reshape(-1)[-66:].view(np.ndarray), 2 * values)
     assert not y.reshape(-1)[:-66].any()
+
+
+def test_training_in_half_precision(tmp_path, rng):
+    """Forward and backward over more than 2**31 elements: 4 GB each of x, y, dy and dx."""
+    shape = (2, 1, 2**30 + 7)
+    x = sparse(tmp_path / "x", shape, rng.standard_normal(66).astype(np.float16), np.float16)
+    dy = sparse(tmp_path / "dy", shape, rng.standard_normal(66).astype(np.float16), np.float16)
+    y, dx = (
+        np.memmap(tmp_path / name, np.float16, "w+", shape=shape).view(np.ndarray) for name in ("y", "dx")
+    )
+    _, saved = nbnorm.batch_norm_forward(x, out=y)
+    nbnorm.batch_norm_backward(dy, saved, out=(dx, None, None))
+    values, gradients = (a.reshape(-1)[-66:].astype(np.float64) for a in (x, dy))
+    mean = values.sum() / x.size
+    rstd = 1 / np.sqrt(np.square(values).sum() / x.size - mean * mean + 1e-5)
+    np.testing.assert_allclose(saved.mean, mean, rtol=1e-6, atol=1e-16)
+    np.testing.assert_allclose(saved.rstd, rstd, rtol=1e-6)
+    x_hat = (values - mean) * rstd
+    np.testing.assert_allclose(y.reshape(-1)[-66:], x_hat, rtol=2e-3)
+    c1, c2 = gradients.sum() / x.size, (gradients * x_hat).sum() / x.size
+    np.testing.assert_allclose(
+        dx.reshape(-1)[-66:], rstd * (gradients - c1 - x_hat * c2), rtol=2e-3, atol=1e-3
+    )
+    for result in (y, dx):  # all others are equal
+        others = result.reshape(-1)[:-66]
+        assert others[0] == others.min() == others.max()
 
 
 def test_broadcast_view(rng):
