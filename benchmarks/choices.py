@@ -79,6 +79,11 @@ def with_cut(walk: Any, cut: Any, call: Callable[[], object]) -> Callable[[], ob
     return run
 
 
+def moved(direction: str, b: Any) -> int:
+    """Return the bytes of x and y, or of x, dy and dx."""
+    return int(b.x.nbytes) * (2 if direction == "forward" else 3)
+
+
 def chunks() -> None:
     """Moments of 64 long columns in more and more chunks, all of which are merged at the end."""
     x = batch(Case("batch", (65536, 64))).x
@@ -100,8 +105,9 @@ def together() -> None:
     for case in [*(Case("batch", shape) for shape in SEGMENTS), *groups]:
         forward, _ = prepare("forward", case)
         backward, b = prepare("backward", case)
-        chosen = cut.Cut(*(int(n) for n in planes.geometry(backward.args[1].view, 2)))
+        view = backward.args[1].view
         for name, call in (("forward", forward), ("backward", backward)):
+            chosen = cut.Cut(*(int(n) for n in planes.geometry(view, 2, False, moved(name, b))))
             calls: dict[Any, Callable[[], object]] = {
                 slots: with_cut(planes, chosen._replace(slots=slots), call)
                 for slots in sorted({1, 2, 4, 8, 16, 32, chosen.slots})
@@ -134,14 +140,13 @@ def streamed() -> None:
         calls = {"forward": prepare("forward", case), "backward": prepare("backward", case)}
         view = calls["backward"][0].args[1].view
         for name, (call, b) in calls.items():
-            size = b.x.nbytes * (2 if name == "forward" else 3)
             plain, past = (kind(*(int(n) for n in walk.geometry(view, 2, False, s))) for s in (0, 1 << 60))
             past = past._replace(streamed=1)
             ways: dict[Any, Callable[[], object]] = {
                 "plain": with_cut(walk, plain, call), "streamed": with_cut(walk, past, call)
             }  # fmt: skip
             ways["copy"] = lambda b=b: np.copyto(b.out, b.dy)
-            chosen = "streamed" if streams.worthwhile(size, min(view.inner, CHUNK)) else "plain"
+            chosen = "streamed" if streams.worthwhile(moved(name, b), min(view.inner, CHUNK)) else "plain"
             show(f"streams, {case.norm} {name} {case.shape}, chosen {chosen}", ways)
 
 

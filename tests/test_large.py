@@ -1,6 +1,6 @@
 """More than 2**31 and 2**32 elements: indexes that are kept in 32 bits somewhere come out wrong or write elsewhere.
 
-The arrays are files without contents, which cost address space and time, but neither memory nor disk.
+The inputs are files without contents, which cost address space and time, but neither memory nor disk.
 """
 
 import numpy as np

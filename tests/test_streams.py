@@ -32,7 +32,7 @@ def shifted(shape, dtype, shift, rng):
     room = np.full(size + 256, np.nan, dtype)
     start = -room.ctypes.data % streams.LINE // room.itemsize + shift
     room[start : start + size] = rng.standard_normal(size).astype(dtype)
-    return room[start : start + size].reshape(shape), room, start
+    return room[start : start + size].reshape(shape), room
 
 
 def results(norm, dtype, shift, **options):
@@ -45,7 +45,7 @@ def results(norm, dtype, shift, **options):
     wide = np.float64 if dtype == np.float64 else np.float32
     weight, bias = rng.uniform(0.5, 2, (2, features)).astype(wide)
     forward, backward = (getattr(nbnorm, f"{norm}_norm_{direction}") for direction in ("forward", "backward"))
-    (y, around_y, _), (dx, around_dx, _) = (shifted(shape, dtype, shift, rng) for _ in range(2))
+    (y, around_y), (dx, around_dx) = (shifted(shape, dtype, shift, rng) for _ in range(2))
     parameters = (weight,) if norm == "rms" else (weight, bias)
     _, saved = forward(x, *parameters, out=y, **kept)
     gradients = backward(dy, saved, out=(dx, *[None] * (len(parameters) + ("residual" in kept))))

@@ -28,7 +28,7 @@ Sums = tuple[Array, Array]
 
 @lru_cache(maxsize=3)
 def _walk(traversal: str) -> Any:
-    """Import a traversal when a view asks for it: all three take as long as a third of an import of Numba."""
+    """Import a traversal when a view asks for it: few programs need all three (benchmarks/bench_start.py)."""
     return import_module(f"nbnorm._cpu.{traversal}")
 
 

@@ -13,7 +13,7 @@ from nbnorm._math import by_type
 
 def emit_view(context: Any, builder: Any, result: Any, data: Any, size: Any) -> Any:
     """Emit an array of one dimension over memory that it neither owns nor counts references of."""
-    from numba.np.arrayobj import populate_array  # a tenth of the time of an import of Numba
+    from numba.np.arrayobj import populate_array  # `import numba` does without, and so does ours
 
     view = context.make_array(result)(context, builder)
     itemsize = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(result.dtype)))
