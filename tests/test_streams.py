@@ -125,9 +125,10 @@ def test_what_is_streamed_follows_from_size_and_neighbours():
     [
         ("32768K\n", 1 << 25),
         ("1024K\n", 1 << 20),
-        ("0K\n", streams.UNKNOWN),
-        ("", streams.UNKNOWN),
-        (None, streams.UNKNOWN),
+        ("307200K\n", streams.MOST),
+        ("0K\n", streams.MOST),
+        ("", streams.MOST),
+        (None, streams.MOST),
     ],
 )
 def test_the_size_of_the_last_level(told, size, tmp_path, monkeypatch):

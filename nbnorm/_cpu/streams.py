@@ -24,19 +24,22 @@ LINE = 64
 BLOCK = 4 * LINE
 # Neighbours that are worth it: of shorter ones too many lines are not whole (benchmarks/choices.py).
 SHORTEST = 768
-UNKNOWN = 1 << 25  # bytes of a last-level cache of which the system does not tell
+# Bytes of a last-level cache at most, and of one of which the system does not tell. A larger one serves many cores: of
+# 300 MB that two of them see on Emerald Rapids they get data as slowly as from memory, and results past it take 0.5 to
+# 0.85 of the time from 40 MB (batch norm; layer norm 0.9 to 1.14 up to 100 MB, 0.8 beyond; benchmarks/choices.py).
+MOST = 1 << 25
 NEVER = 1 << 62
 _CONTENT = ir.VectorType(ir.IntType(8), LINE)
 
 
 @lru_cache(maxsize=1)
 def last_level() -> int:
-    """Return the bytes of the last-level cache, as far as the system tells."""
+    """Return the bytes of the last-level cache that are at hand, as far as the system tells."""
     try:
         size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
-        return int(size.removesuffix("K")) << 10 or UNKNOWN
+        return min(int(size.removesuffix("K")) << 10 or MOST, MOST)
     except (OSError, ValueError):
-        return UNKNOWN
+        return MOST
 
 
 def worthwhile(size: int, neighbours: int) -> bool:
