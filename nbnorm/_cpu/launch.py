@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 from numba import njit
-from numba.core.compiler import Compiler
 
 from nbnorm._cpu.cache import Cache
 from nbnorm._cpu.halves import computing, stored
 from nbnorm._cpu.team import team
-from nbnorm._inner import Outer
+from nbnorm._inner import Outer, Wide
 from nbnorm._math import INNER
 
 # Elements below which waking a team of threads costs more than it saves (benchmarks/bench_batch_norm.py, Small).
@@ -24,7 +23,7 @@ helper = njit(**INNER)
 # For a loop over so few elements that handing over its arrays, seven words each, would take as long.
 inlined = njit(**INNER, forceinline=True)
 # Loops over elements, optimized before a kernel takes them in: otherwise some are a tenth slower, some not vectorized.
-_LOOP: dict[str, Any] = {**INNER, "pipeline_class": Compiler}
+_LOOP: dict[str, Any] = {**INNER, "pipeline_class": Wide}
 loop = njit(**_LOOP)
 # Sums side by side: a product and the sum it enters may be rounded once.
 contracted = njit(**_LOOP, fastmath={"contract"})
@@ -48,7 +47,7 @@ class Twins:
     """
 
     def __init__(self, body: Callable[..., Any]) -> None:
-        self.serial = kernel(body)
+        self.serial = kernel(body, pipeline_class=Wide)
         self.parallel = kernel(body, parallel=True, pipeline_class=Outer)
         self.__name__ = body.__name__
         self.__doc__ = body.__doc__
