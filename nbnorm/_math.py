@@ -112,6 +112,12 @@ def normalize(x, mean_hi, scale, shift):
     return (x - mean_hi) * scale + shift
 
 
+@fused_formula
+def scaled(x_hat, weight, bias):
+    """x_hat * weight + bias, where each element has its own."""
+    return x_hat * weight + bias
+
+
 @formula
 def standardize(x, mean_hi, rstd):
     """x_hat, relative to the rounded mean."""

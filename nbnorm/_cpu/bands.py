@@ -14,13 +14,11 @@ from nbnorm._cpu.lines import (
     parameter_grad_four,
     parameter_grad_line,
 )
-from nbnorm._cpu.memory import borrowed, row
-from nbnorm._cpu.spans import BACKWARD_STEP, samples_of, span, unpack
+from nbnorm._cpu.memory import LINE, borrowed, fetch, row
+from nbnorm._cpu.spans import BACKWARD_STEP, FETCHED, samples_of, span, unpack
 from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
 from nbnorm._cpu.tiles import (
-    TILE,
     add_rows,
-    fetch_ahead,
     line_moments,
     part,
     piece,
@@ -42,8 +40,6 @@ def row_moments(g, x, r, mean, m2):
     n = row_mean = row_m2 = 0.0
     for chunk in range(unpack(g).chunks):
         first, size, _ = span(g, r, chunk)
-        if mean is not None:
-            fetch_ahead(x, first + size, min(TILE, size))
         part_n, part_mean, part_m2 = line_moments(row(x, first, size), None, mean is not None)
         if chunk == 0:  # as `merge` would have it, but short rows notice its call
             n, row_mean, row_m2 = part_n, part_mean, part_m2
@@ -81,6 +77,14 @@ def normalize_chunk(g, x, y, r, chunk, mean, rstd, weight, bias):
         n = size - i
 
 
+@inlined
+def fetch_rows(g, x, first, last):
+    """Ask for some rows, as far as there are such, that are needed soon."""
+    n = unpack(g).inner
+    for i in range(first * n, min(last * n, x.shape[0]), LINE // x.itemsize):
+        fetch(x, i)
+
+
 @helper
 def forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd):
     """Moments and normalization of a band."""
@@ -93,6 +97,8 @@ def forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd):
         for r in range(first, last):
             row_moments(g, x, r, mean, m2)
             rstd[r] = reciprocal_std(m2[r], n, eps)
+        if cut.inner <= FETCHED:
+            fetch_rows(g, x, last, last + cut.step)
         for r in range(first, last):
             for chunk in range(cut.chunks):
                 normalize_chunk(g, x, y, r, chunk, value_of(mean, r), rstd[r], weight, bias)

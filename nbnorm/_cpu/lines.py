@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from nbnorm._cpu.halves import narrow, widen
 from nbnorm._cpu.launch import inlined, loop
-from nbnorm._math import input_gradient, normalize, rounded, standardize
+from nbnorm._math import input_gradient, normalize, rounded, scaled, standardize
 
 
 def _line(x, y, mean_hi, rstd, rest, weight, bias):
     """Normalize neighbours that share statistics; ``rest`` is what the rounded mean leaves of x_hat."""
     for i in range(x.shape[0]):
         z = normalize(widen(x[i]), mean_hi, rstd, rest)
-        if weight is not None:
+        if weight is not None and bias is not None:
+            z = rounded(scaled(z, weight[i], bias[i]), x)
+        elif weight is not None:
             z = rounded(z * weight[i], x)
-        if bias is not None:
+        elif bias is not None:
             z = rounded(z + bias[i], x)
         y[i] = narrow(z, y)
 

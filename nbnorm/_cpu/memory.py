@@ -10,6 +10,8 @@ from numba.extending import intrinsic
 
 from nbnorm._math import by_type
 
+LINE = 64  # bytes that go from memory to a cache, or back, together
+
 
 def emit_view(context: Any, builder: Any, result: Any, data: Any, size: Any) -> Any:
     """Emit an array of one dimension over memory that it neither owns nor counts references of."""

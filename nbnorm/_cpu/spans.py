@@ -22,6 +22,9 @@ BACKWARD_STEP = 4
 # columns (benchmarks/choices.py).
 FORWARD_STEP = 2
 SHORT_ROW = 256
+# Columns up to which forward asks for the next rows before it normalizes these: 0.72 to 0.95 of the time from 8 MB (no
+# difference within the caches; rows of 4096 take 1.1 times as long; Emerald Rapids).
+FETCHED = 2048
 # Samples of a band at most: their terms of the parameters' gradients are summed in the array's own type, in chains of
 # 16 additions of four terms each, before float64 takes over. Fewer where there would be less than MIN_BANDS bands, but
 # not so few that a band has less than BAND_SIZE elements, or that the sums of all bands are large beside x.

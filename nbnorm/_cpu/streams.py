@@ -16,10 +16,9 @@ from numba import types
 from numba.extending import intrinsic, overload
 
 from nbnorm._cpu.launch import inlined
-from nbnorm._cpu.memory import emit_view, row
+from nbnorm._cpu.memory import LINE, emit_view, row
 from nbnorm._math import by_type
 
-LINE = 64
 # As many bytes as the loops over elements take in one step: blocks of one line are not vectorized.
 BLOCK = 4 * LINE
 # Neighbours that are worth it: of shorter ones too many lines are not whole (benchmarks/choices.py).

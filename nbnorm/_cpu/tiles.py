@@ -12,7 +12,7 @@ import numpy as np
 
 from nbnorm._cpu.halves import scratch, widen
 from nbnorm._cpu.launch import helper, inlined, reduction
-from nbnorm._cpu.memory import fetch, row
+from nbnorm._cpu.memory import row
 from nbnorm._math import accumulate, add, by_type, is_none, normalize, rounded, settled, standardize
 
 # Values summed in the array's own type before float64 takes over: with 32 or more SIMD accumulators no chain
@@ -51,19 +51,6 @@ def nearby(x):
     for i in range(1, 8):
         rest += widen(x[i * x.shape[0] // 8]) - first
     return first + rest * rounded(0.125, x)
-
-
-@inlined
-def fetch_ahead(x, first, n):
-    """Ask for what `nearby` reads of the next tile, for all else waits for these lines.
-
-    Layer norm of (32768, 1024) takes a sixth less time in halves, and as long in float32 (benchmarks/bench_halves.py);
-    over planes there was no gain.
-    """
-    for i in range(8):
-        at = first + i * n // 8
-        if at < x.shape[0]:
-            fetch(x, at)
 
 
 @helper
@@ -233,8 +220,6 @@ def line_moments(x, weights, centered):
         size = min(TILE, x.shape[0] - i)
         tile_n, tile_mean, tile_m2 = np.float64(size), 0.0, 0.0
         if centered:
-            if i + size < x.shape[0]:
-                fetch_ahead(x, i + size, min(TILE, x.shape[0] - i - size))
             tile_n, tile_mean, tile_m2 = tile_moments(x, part(weights, i, size), i, 0, 1, size)
         else:
             tile_m2 = tile_squares(row(x, i, size))
