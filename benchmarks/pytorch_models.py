@@ -2,7 +2,7 @@
 
 python -m benchmarks.pytorch_models [--only ResNet] [--threads 2] [--rounds 15] [--json FILE] trains copies of each
 model in turns, step by step in one process: PyTorch's norms, nbnorm's, nbnorm's with fusion. It prints the best time of
-each and the median over the rounds of the ratio to PyTorch's step just before.
+each and the median over the rounds of the ratio to PyTorch's step of the same round.
 
 python -m benchmarks.pytorch_models --calls times forward and backward of single modules over sizes instead, which is
 what the thresholds of nbnorm/torch/_policy.py stand on.
@@ -103,10 +103,12 @@ def compare(calls: dict[str, Step], rounds: int) -> dict[str, tuple[float, float
     for call in calls.values():
         call()  # compiles
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
     for _ in range(rounds):
-        for name, call in calls.items():
+        names.append(names.pop(0))  # nobody always runs behind the same other
+        for name in names:
             start = perf_counter()
-            call()
+            calls[name]()
             seconds[name].append(perf_counter() - start)
     first = seconds["PyTorch"]
     return {
