@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     if options.always:
-        _policy.smallest = lambda norm, x: 0
+        _policy.smallest = lambda *_: 0
     if options.calls:
         print_calls()
         return

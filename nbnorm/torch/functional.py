@@ -263,7 +263,7 @@ def _runs_here(inputs: Inputs, spec: Spec, *statistics: Tensor) -> bool:
         on_cpu(residual) and residual.dtype is x.dtype and residual.shape == x.shape
     ):
         return False
-    return _fits(x, spec) and x.numel() >= _policy.smallest(spec.norm, x)
+    return _fits(x, spec) and x.numel() >= _policy.smallest(spec.norm, x, spec.activation)
 
 
 def _fits(x: Tensor, spec: Spec) -> bool:
