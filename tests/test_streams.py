@@ -5,16 +5,19 @@ import numpy as np
 import pytest
 
 import nbnorm
-from nbnorm._cpu import cut, spans, streams
+from nbnorm._cpu import cut, grid, spans, streams
 
 ROWS, PLANES = (7, 1555), (5, 3, 29, 31)
+FEATURES, FOLDED = (23, 615), (333, 19)
+SHAPES = {"planes": PLANES, "features": FEATURES, "folded": FOLDED, "layer": ROWS, "rms": ROWS}
 ENDLESS = 1 << 60
 
 
 def set_last_level(monkeypatch, size):
-    """Let the last-level cache have another size."""
+    """Let the last-level cache, which many cores share, have another size."""
+    monkeypatch.setattr(streams, "told", lambda: ENDLESS)
     monkeypatch.setattr(streams, "last_level", lambda: size)
-    for cache in (cut.geometry, spans.geometry):
+    for cache in (cut.geometry, spans.geometry, grid.geometry):
         cache.cache_clear()
 
 
@@ -22,6 +25,7 @@ def set_last_level(monkeypatch, size):
 def everything_is_streamed(monkeypatch):
     set_last_level(monkeypatch, 0)
     assert streams.worthwhile(1, min(PLANES[2] * PLANES[3], ROWS[1]))
+    assert streams.worthwhile_in_columns(1, FEATURES[1])
     yield
     set_last_level(monkeypatch, ENDLESS)
 
@@ -35,9 +39,9 @@ def shifted(shape, dtype, shift, rng):
     return room[start : start + size].reshape(shape), room
 
 
-def results(norm, dtype, shift, **options):
+def results(case, dtype, shift, **options):
     """Return y and the gradients, written into shifted buffers, and see that nothing around these has changed."""
-    shape = PLANES if norm == "batch" else ROWS
+    shape, norm = SHAPES[case], case if case in ("layer", "rms") else "batch"
     rng = np.random.default_rng(3)
     x, dy = (shifted(shape, dtype, shift, rng)[0] for _ in range(2))
     kept = {name: value(shape).astype(dtype) if callable(value) else value for name, value in options.items()}
@@ -55,30 +59,34 @@ def results(norm, dtype, shift, **options):
 
 
 CASES = [
-    ("batch", np.float32, {}),
-    ("batch", np.float64, {}),
-    ("batch", np.float16, {}),
-    ("batch", ml_dtypes.bfloat16, {}),
+    ("planes", np.float32, {}),
+    ("planes", np.float64, {}),
+    ("planes", np.float16, {}),
+    ("planes", ml_dtypes.bfloat16, {}),
     (
-        "batch",
+        "planes",
         np.float32,
         {"activation": "relu", "residual": lambda shape: np.linspace(-1, 1, np.prod(shape)).reshape(shape)},
     ),
-    ("batch", np.float32, {"mask": np.arange(5.0).reshape(5, 1, 1)}),
+    ("planes", np.float32, {"mask": np.arange(5.0).reshape(5, 1, 1)}),
+    ("features", np.float32, {}),
+    ("features", np.float32, {"mask": np.arange(23.0)}),
+    ("folded", np.float32, {"activation": "relu"}),
+    ("folded", np.float16, {}),
     ("layer", np.float32, {}),
     ("rms", ml_dtypes.bfloat16, {}),
 ]
 
 
 @pytest.mark.parametrize(
-    ("norm", "dtype", "options"), CASES, ids=lambda value: getattr(value, "__name__", None)
+    ("case", "dtype", "options"), CASES, ids=lambda value: getattr(value, "__name__", None)
 )
 @pytest.mark.usefixtures("everything_is_streamed")
-def test_streamed_results_have_the_bits_of_plain_ones(norm, dtype, options, monkeypatch):
-    streamed = [results(norm, dtype, shift, **options) for shift in (0, 1, 5)]
+def test_streamed_results_have_the_bits_of_plain_ones(case, dtype, options, monkeypatch):
+    streamed = [results(case, dtype, shift, **options) for shift in (0, 1, 5)]
     set_last_level(monkeypatch, ENDLESS)
     for shift, own in zip((0, 1, 5), streamed, strict=True):
-        for ours, plain in zip(own, results(norm, dtype, shift, **options), strict=True):
+        for ours, plain in zip(own, results(case, dtype, shift, **options), strict=True):
             assert ours.tobytes() == plain.tobytes()
 
 
@@ -120,21 +128,33 @@ def test_what_is_streamed_follows_from_size_and_neighbours():
     assert not streams.worthwhile(size + 1, streams.SHORTEST - 1)
 
 
+def test_columns_are_streamed_where_many_cores_share_the_last_level(monkeypatch):
+    size, lanes = streams.MOST, streams.SHORTEST_LANES
+    monkeypatch.setattr(streams, "told", lambda: size)
+    assert not streams.worthwhile_in_columns(size + 1, lanes)
+    monkeypatch.setattr(streams, "told", lambda: 8 * size)
+    assert streams.worthwhile_in_columns(size + 1, lanes)
+    assert not streams.worthwhile_in_columns(size, lanes)
+    assert not streams.worthwhile_in_columns(size + 1, lanes - 1)
+
+
 @pytest.mark.parametrize(
-    ("told", "size"),
+    ("content", "size"),
     [
         ("32768K\n", 1 << 25),
         ("1024K\n", 1 << 20),
-        ("307200K\n", streams.MOST),
+        ("307200K\n", 300 << 20),
         ("0K\n", streams.MOST),
         ("", streams.MOST),
         (None, streams.MOST),
     ],
 )
-def test_the_size_of_the_last_level(told, size, tmp_path, monkeypatch):
+def test_the_size_of_the_last_level(content, size, tmp_path, monkeypatch):
     """What the system tells, unless that is nothing; then streaming everything would be slow."""
     file = tmp_path / "size"
-    if told is not None:
-        file.write_text(told)
+    if content is not None:
+        file.write_text(content)
     monkeypatch.setattr(streams, "Path", lambda _: file)
-    assert streams.last_level.__wrapped__() == size
+    monkeypatch.setattr(streams, "told", streams.told.__wrapped__)
+    assert streams.told() == size
+    assert streams.last_level() == min(size, streams.MOST)

@@ -18,9 +18,10 @@ from nbnorm._cpu.lane_moments import (
     slot_moments,
     total_weight,
 )
-from nbnorm._cpu.lanes import apply_row, copy_row, fill, input_grad_row, row_weight
-from nbnorm._cpu.launch import helper, loop
-from nbnorm._cpu.memory import row
+from nbnorm._cpu.lanes import apply_row, copy_row, fill, input_grad_row
+from nbnorm._cpu.launch import helper, inlined, loop
+from nbnorm._cpu.memory import borrowed, row
+from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
 from nbnorm._cpu.tiles import add_rows, entry, parameter, part, room, slot_count, weighted
 from nbnorm._math import affine, gradient_terms, recentered, reciprocal_std, rounded
 
@@ -110,16 +111,33 @@ def spread_activation(g, index, mean, rstd, weight, bias, activation, terms):
         spread_affine(g, index, mean, rstd, weight, bias, terms, 5)
 
 
+@inlined
+def apply_lanes(x, y, residual, terms, first, n, activation):
+    """Normalize some neighbouring lanes of a row."""
+    mean_hi, scale, shift = row(terms[0], first, n), row(terms[1], first, n), row(terms[2], first, n)
+    apply_row(x, y, residual, mean_hi, scale, shift, activation)
+
+
 @loop
 def apply_chunk(g, x, y, residual, activation, index, chunk, terms):
     """Normalize one chunk of rows of a block."""
     cut, own = unpack(g), locate(g, index)
+    x, y, block_of_y = borrowed(x), borrowed(y), block_like(y)
     for r in range(chunk * cut.chunk, rows_end(cut, chunk)):
-        n, first = row_lanes(cut, own, r), own.base + r * cut.lanes + own.lane
-        apply_row(
-            row(x, first, n), row(y, first, n), part(residual, first, n), terms[0], terms[1], terms[2],
-            activation,
-        )  # fmt: skip
+        lanes, first = row_lanes(cut, own, r), own.base + r * cut.lanes + own.lane
+        i, n = 0, before_blocks(y, first, lanes, cut.streamed)
+        while i < lanes:
+            at = first + i
+            apply_lanes(row(x, at, n), row(y, at, n), part(residual, at, n), terms, i, n, activation)
+            i += n
+            n = block_of_y.shape[0]
+            while i + n <= lanes:
+                at = first + i
+                apply_lanes(row(x, at, n), block_of_y, part(residual, at, n), terms, i, n, activation)
+                store_block(block_of_y, y, at)
+                i += n
+            n = lanes - i
+    finish(cut.streamed)
 
 
 @helper
@@ -183,15 +201,44 @@ def spread_gradient_terms(
     spread(g, own, terms, 0, 5)
 
 
+@inlined
+def input_grad_lanes(x, dy, dx, dresidual, residual, w, t, first, n, activation, constant):
+    """Dx of some neighbouring lanes of a row, by the terms ``t``."""
+    mean_hi, rstd, slope, offset, gain = (
+        row(t[0], first, n), row(t[1], first, n), row(t[2], first, n), row(t[3], first, n), row(t[4], first, n),
+    )  # fmt: skip
+    scale, shift = row(t[6], first, n), row(t[7], first, n)
+    arrays = (x, dy, dx, dresidual, residual)
+    if constant or (w is not None and w == 0.0):
+        input_grad_row(*arrays, w, mean_hi, rstd, None, None, gain, scale, shift, activation)
+    else:
+        input_grad_row(*arrays, w, mean_hi, rstd, slope, offset, gain, scale, shift, activation)
+
+
 @loop
 def input_grad_chunk(g, x, dy, dx, dresidual, residual, activation, weights, index, chunk, t, constant):
     """Dx of one chunk of rows of a block, by the terms ``t``."""
     cut, own = unpack(g), locate(g, index)
+    x, dy, dx, block_of_dx = borrowed(x), borrowed(dy), borrowed(dx), block_like(dx)
     for r in range(chunk * cut.chunk, rows_end(cut, chunk)):
-        n, i = row_lanes(cut, own, r), own.base + r * cut.lanes + own.lane
-        arrays = (row(x, i, n), row(dy, i, n), row(dx, i, n), part(dresidual, i, n), part(residual, i, n))
+        lanes, first = row_lanes(cut, own, r), own.base + r * cut.lanes + own.lane
         w = entry(entry(weights, own.batch), r)
-        if constant or row_weight(entry(weights, own.batch), r) == 0.0:
-            input_grad_row(*arrays, w, t[0], t[1], None, None, t[4], t[6], t[7], activation)
-        else:
-            input_grad_row(*arrays, w, t[0], t[1], t[2], t[3], t[4], t[6], t[7], activation)
+        i, n = 0, before_blocks(dx, first, lanes, cut.streamed)
+        while i < lanes:
+            at = first + i
+            input_grad_lanes(
+                row(x, at, n), row(dy, at, n), row(dx, at, n), part(dresidual, at, n), part(residual, at, n),
+                w, t, i, n, activation, constant,
+            )  # fmt: skip
+            i += n
+            n = block_of_dx.shape[0]
+            while i + n <= lanes:
+                at = first + i
+                input_grad_lanes(
+                    row(x, at, n), row(dy, at, n), block_of_dx, part(dresidual, at, n), part(residual, at, n),
+                    w, t, i, n, activation, constant,
+                )  # fmt: skip
+                store_block(block_of_dx, dx, at)
+                i += n
+            n = lanes - i
+    finish(cut.streamed)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nbnorm._cpu.launch import balanced, helper
+from nbnorm._cpu.streams import worthwhile_in_columns
 from nbnorm._cpu.tiles import CHUNK
 from nbnorm._view import View
 
@@ -50,14 +51,15 @@ class Cut(NamedTuple):
     spare: int  # lanes of the partial row that folding leaves over; it ends the last chunk
     blocks: int
     chunks: int
+    streamed: int  # whether results are written past the caches
 
 
 @lru_cache(maxsize=4096)
 def geometry(view: View, threads: int, masked: bool = False, size: int = 0) -> np.ndarray:
     """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers.
 
-    Rows of a mask are not folded: a row of lanes has one weight. Neither threads nor the size of all arrays in bytes
-    make a difference here: results streamed past the caches take 0.9 to 1.4 times as long, and twice the loops.
+    Rows of a mask are not folded: a row of lanes has one weight. Threads make no difference here; ``size`` is that of
+    all arrays in bytes.
     """
     width = view.group * view.inner
     fold = 1 if masked else max(1, min(WIDE // width, view.outer // MIN_ROWS))
@@ -74,9 +76,9 @@ def geometry(view: View, threads: int, masked: bool = False, size: int = 0) -> n
     chunk = -(-rows // max(chunks, 1))
     spare = view.outer % fold * width
     sizes = (view.batch, view.outer, view.group, view.inner, view.period, view.width, view.run)
-    return np.array(
-        Cut(*sizes, fold, block, chunk, lanes, rows, spare, -(-lanes // block), -(-rows // chunk))
-    )
+    streamed = worthwhile_in_columns(size, block)
+    blocks, chunks = -(-lanes // block), -(-rows // chunk)
+    return np.array(Cut(*sizes, fold, block, chunk, lanes, rows, spare, blocks, chunks, streamed))
 
 
 @lru_cache(maxsize=4096)
@@ -89,7 +91,9 @@ def fused(view: View, threads: int, masked: bool = False) -> bool:
 @helper
 def unpack(g):
     """Name the integers of a geometry."""
-    return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10], g[11], g[12], g[13], g[14])
+    return Cut(
+        g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10], g[11], g[12], g[13], g[14], g[15]
+    )  # fmt: skip
 
 
 class Block(NamedTuple):

@@ -23,6 +23,7 @@ from nbnorm._math import by_type
 BLOCK = 4 * LINE
 # Neighbours that are worth it: of shorter ones too many lines are not whole (benchmarks/choices.py).
 SHORTEST = 768
+SHORTEST_LANES = 256
 # Bytes of a last-level cache at most, and of one of which the system does not tell. A larger one serves many cores: of
 # 300 MB that two of them see on Emerald Rapids they get data as slowly as from memory, and results past it take 0.5 to
 # 0.85 of the time from 40 MB (batch norm; layer norm 0.9 to 1.14 up to 100 MB, 0.8 beyond; benchmarks/choices.py).
@@ -32,18 +33,31 @@ _CONTENT = ir.VectorType(ir.IntType(8), LINE)
 
 
 @lru_cache(maxsize=1)
-def last_level() -> int:
-    """Return the bytes of the last-level cache that are at hand, as far as the system tells."""
+def told() -> int:
+    """Return the bytes of the last-level cache, as far as the system tells."""
     try:
         size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
-        return min(int(size.removesuffix("K")) << 10 or MOST, MOST)
+        return int(size.removesuffix("K")) << 10 or MOST
     except (OSError, ValueError):
         return MOST
+
+
+def last_level() -> int:
+    """Return how much of the last-level cache is at hand."""
+    return min(told(), MOST)
 
 
 def worthwhile(size: int, neighbours: int) -> bool:
     """Whether arrays of so many bytes together do not stay in the caches, and enough lines are whole."""
     return neighbours >= SHORTEST and size > last_level()
+
+
+def worthwhile_in_columns(size: int, lanes: int) -> bool:
+    """Whether that holds for rows of lanes, which gain only where the last-level cache serves many cores.
+
+    There they take 0.7 to 0.9 of the time (Emerald Rapids), but 0.9 to 1.13, and once 1.4, with 32 MB for two (Zen 5).
+    """
+    return lanes >= SHORTEST_LANES and told() > MOST and size > last_level()
 
 
 @inlined

@@ -35,8 +35,8 @@ SMALLEST_IN_COLUMNS: dict[str, float] = {
 SMALLEST_WITH_ACTIVATION = 2**20
 """The same for batch norm in columns that an activation follows, since PyTorch takes a pass of its own for that.
 
-ResNet-18, channels last and fused, takes 0.97 of the time that it takes with 2**23, with 2**19 to 2**21 alike; with 2**17
-it takes 1.05 (Emerald Rapids).
+ResNet-18, channels last and fused, takes 0.97 of the time that it takes with 2**23, with 2**19 to 2**21 alike; with
+2**17 it takes 1.05 (Emerald Rapids).
 """
 
 FEWEST = 49
