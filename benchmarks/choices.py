@@ -16,8 +16,7 @@ import numpy as np
 
 with suppress(ImportError):  # asv reads every file of this folder, with versions that lack them
     import nbnorm
-    from nbnorm._cpu import columns, cut, grid, planes, rows, spans, streams
-    from nbnorm._cpu.tiles import CHUNK
+    from nbnorm._cpu import columns, cut, grid, planes, rows, spans
     from nbnorm._view import batch_view, trailing_view
 
 from .common import Case, batch, best, prepare
@@ -48,6 +47,10 @@ STREAMS = (
     *(
         Case("batch", shape)
         for shape in [(16, 64, 56, 56), (24, 64, 56, 56), (32, 64, 56, 56), (32, 64, 112, 112)]
+    ),
+    *(
+        Case("batch", shape, channels_last=True)
+        for shape in [(32, 64, 56, 56), (32, 64, 112, 112), (32, 512, 28, 28), (32, 2048, 7, 7)]
     ),
     *(
         Case("batch", shape)
@@ -135,8 +138,9 @@ def rows_together() -> None:
 def streamed() -> None:
     """Forward and backward passes whose results are written plainly, and past the caches."""
     for case in STREAMS:
-        walk = planes if case.norm == "batch" else rows
-        kind = cut.Cut if case.norm == "batch" else spans.Cut
+        walk, kind = (columns, grid.Cut) if case.channels_last else (planes, cut.Cut)
+        if case.norm == "layer":
+            walk, kind = rows, spans.Cut
         calls = {"forward": prepare("forward", case), "backward": prepare("backward", case)}
         view = calls["backward"][0].args[1].view
         for name, (call, b) in calls.items():
@@ -146,8 +150,8 @@ def streamed() -> None:
                 "plain": with_cut(walk, plain, call), "streamed": with_cut(walk, past, call)
             }  # fmt: skip
             ways["copy"] = lambda b=b: np.copyto(b.out, b.dy)
-            chosen = "streamed" if streams.worthwhile(moved(name, b), min(view.inner, CHUNK)) else "plain"
-            show(f"streams, {case.norm} {name} {case.shape}, chosen {chosen}", ways)
+            chosen = kind(*(int(n) for n in walk.geometry(view, 2, False, moved(name, b)))).streamed
+            show(f"streams, {name} of {case}, chosen {'streamed' if chosen else 'plain'}", ways)
 
 
 if __name__ == "__main__":

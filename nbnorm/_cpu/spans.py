@@ -22,8 +22,9 @@ BACKWARD_STEP = 4
 # columns (benchmarks/choices.py).
 FORWARD_STEP = 2
 SHORT_ROW = 256
-# Columns up to which forward asks for the next rows before it normalizes these: 0.72 to 0.95 of the time from 8 MB (no
-# difference within the caches; rows of 4096 take 1.1 times as long; Emerald Rapids).
+# Columns up to which forward asks for the next rows before it normalizes these: 0.72 to 0.95 of the time from 8 MB, no
+# difference within the caches, but 1.1 with rows of 4096 (layer norm on Emerald Rapids, shapes of benchmarks/peers.py
+# and bench_halves.py). Asking for them piece by piece in between took 0.83 to 1.16 of that.
 FETCHED = 2048
 # Samples of a band at most: their terms of the parameters' gradients are summed in the array's own type, in chains of
 # 16 additions of four terms each, before float64 takes over. Fewer where there would be less than MIN_BANDS bands, but

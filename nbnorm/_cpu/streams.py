@@ -21,7 +21,8 @@ from nbnorm._math import by_type
 
 # As many bytes as the loops over elements take in one step: blocks of one line are not vectorized.
 BLOCK = 4 * LINE
-# Neighbours that are worth it: of shorter ones too many lines are not whole (benchmarks/choices.py).
+# Neighbours that are worth it: of shorter ones too many lines are not whole (benchmarks/choices.py). Lanes may be
+# fewer, since the rows of a block mostly lie one behind the other; 512 were measured, 256 are reasoned.
 SHORTEST = 768
 SHORTEST_LANES = 256
 # Bytes of a last-level cache at most, and of one of which the system does not tell. A larger one serves many cores: of
