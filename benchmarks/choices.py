@@ -1,7 +1,8 @@
 """What stands behind choices of the package that no other benchmark shows: `python -m benchmarks.choices`.
 
 Chunks of columns (`nbnorm/_cpu/grid.py`), slots that one task takes together (`nbnorm/_cpu/cut.py`), rows that are
-taken together (`nbnorm/_cpu/spans.py`), and results that are written past the caches (`nbnorm/_cpu/streams.py`).
+taken together or asked for in advance (`nbnorm/_cpu/spans.py`), and results that are written past the caches
+(`nbnorm/_cpu/streams.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ with suppress(ImportError):  # asv reads every file of this folder, with version
     import nbnorm
     from nbnorm._cpu import columns, cut, grid, planes, rows, spans
     from nbnorm._view import batch_view, trailing_view
+
+    # Walk of batch norm, channels first and last.
+    WALKS = (planes, cut.Cut), (columns, grid.Cut)
 
 from .common import Case, batch, best, prepare
 
@@ -135,12 +139,22 @@ def rows_together() -> None:
         )
 
 
+def fetched() -> None:
+    """Layer norm forward that asks for the next rows in advance, and that does not."""
+    for shape in ((65536, 96), (65536, 256), (2048, 768), (8192, 1024), (4096, 2048), (512, 4096)):
+        for dtype in ("float32", "float16"):
+            call, b = prepare("forward", Case("layer", shape, dtype=dtype))
+            view = trailing_view(b.x.shape, b.x.strides, b.x.itemsize, 1)
+            assert view is not None
+            chosen = spans.Cut(*(int(n) for n in rows.geometry(view, 2, False, moved("forward", b))))
+            ways = {n: with_cut(rows, chosen._replace(ahead=n), call) for n in (0, chosen.step)}
+            show(f"rows in advance, {shape} {dtype}, chosen {chosen.ahead}", ways)
+
+
 def streamed() -> None:
     """Forward and backward passes whose results are written plainly, and past the caches."""
     for case in STREAMS:
-        walk, kind = (columns, grid.Cut) if case.channels_last else (planes, cut.Cut)
-        if case.norm == "layer":
-            walk, kind = rows, spans.Cut
+        walk, kind = (rows, spans.Cut) if case.norm == "layer" else WALKS[case.channels_last]
         calls = {"forward": prepare("forward", case), "backward": prepare("backward", case)}
         view = calls["backward"][0].args[1].view
         for name, (call, b) in calls.items():
@@ -158,4 +172,5 @@ if __name__ == "__main__":
     chunks()
     together()
     rows_together()
+    fetched()
     streamed()

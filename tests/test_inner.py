@@ -7,7 +7,7 @@ import pytest
 from numba import njit, prange
 
 from nbnorm._cpu.launch import helper, kernel, loop
-from nbnorm._inner import InnerCode, Outer
+from nbnorm._inner import InnerCode, Outer, Wide
 from processes import run
 
 pytestmark = pytest.mark.skipif(os.environ.get("NUMBA_DISABLE_JIT") == "1", reason="nothing is compiled")
@@ -86,3 +86,12 @@ def test_who_is_compiled_how():
         isinstance(library, InnerCode) for f in (increment, never, always, either) for library in libraries(f)
     )
     assert not any(isinstance(library, InnerCode) for f in (fresh, twice, other) for library in libraries(f))
+
+
+def test_ours_may_use_the_widest_vectors():
+    """And functions of others do as Numba would have it."""
+    x = np.zeros(5)
+    wide, other = (njit(lambda x: x.sum(), **options) for options in ({"pipeline_class": Wide}, {}))
+    for f, expected in ((wide, True), (other, False)):
+        f(x)
+        assert all(("prefer-vector-width" in library.get_llvm_str()) is expected for library in libraries(f))

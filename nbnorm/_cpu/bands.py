@@ -15,7 +15,7 @@ from nbnorm._cpu.lines import (
     parameter_grad_line,
 )
 from nbnorm._cpu.memory import LINE, borrowed, fetch, row
-from nbnorm._cpu.spans import BACKWARD_STEP, FETCHED, samples_of, span, unpack
+from nbnorm._cpu.spans import BACKWARD_STEP, samples_of, span, unpack
 from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
 from nbnorm._cpu.tiles import (
     add_rows,
@@ -97,8 +97,7 @@ def forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd):
         for r in range(first, last):
             row_moments(g, x, r, mean, m2)
             rstd[r] = reciprocal_std(m2[r], n, eps)
-        if cut.inner <= FETCHED:
-            fetch_rows(g, x, last, last + cut.step)
+        fetch_rows(g, x, last, last + cut.ahead)
         for r in range(first, last):
             for chunk in range(cut.chunks):
                 normalize_chunk(g, x, y, r, chunk, value_of(mean, r), rstd[r], weight, bias)

@@ -18,7 +18,7 @@ from nbnorm._cpu.lane_moments import (
     slot_moments,
     total_weight,
 )
-from nbnorm._cpu.lanes import apply_row, copy_row, fill, input_grad_row
+from nbnorm._cpu.lanes import apply_row, copy_row, fill, input_grad_row, row_weight
 from nbnorm._cpu.launch import helper, inlined, loop
 from nbnorm._cpu.memory import borrowed, row
 from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
@@ -202,14 +202,14 @@ def spread_gradient_terms(
 
 
 @inlined
-def input_grad_lanes(x, dy, dx, dresidual, residual, w, t, first, n, activation, constant):
-    """Dx of some neighbouring lanes of a row, by the terms ``t``."""
+def input_grad_lanes(x, dy, dx, dresidual, residual, w, t, first, n, activation, alone):
+    """Dx of some neighbouring lanes of a row, by the terms ``t``; ``alone``: no other value has a part in it."""
     mean_hi, rstd, slope, offset, gain = (
         row(t[0], first, n), row(t[1], first, n), row(t[2], first, n), row(t[3], first, n), row(t[4], first, n),
     )  # fmt: skip
     scale, shift = row(t[6], first, n), row(t[7], first, n)
     arrays = (x, dy, dx, dresidual, residual)
-    if constant or (w is not None and w == 0.0):
+    if alone:
         input_grad_row(*arrays, w, mean_hi, rstd, None, None, gain, scale, shift, activation)
     else:
         input_grad_row(*arrays, w, mean_hi, rstd, slope, offset, gain, scale, shift, activation)
@@ -222,13 +222,14 @@ def input_grad_chunk(g, x, dy, dx, dresidual, residual, activation, weights, ind
     x, dy, dx, block_of_dx = borrowed(x), borrowed(dy), borrowed(dx), block_like(dx)
     for r in range(chunk * cut.chunk, rows_end(cut, chunk)):
         lanes, first = row_lanes(cut, own, r), own.base + r * cut.lanes + own.lane
-        w = entry(entry(weights, own.batch), r)
+        own_weights = entry(weights, own.batch)
+        w, alone = entry(own_weights, r), constant or row_weight(own_weights, r) == 0.0
         i, n = 0, before_blocks(dx, first, lanes, cut.streamed)
         while i < lanes:
             at = first + i
             input_grad_lanes(
                 row(x, at, n), row(dy, at, n), row(dx, at, n), part(dresidual, at, n), part(residual, at, n),
-                w, t, i, n, activation, constant,
+                w, t, i, n, activation, alone,
             )  # fmt: skip
             i += n
             n = block_of_dx.shape[0]
@@ -236,7 +237,7 @@ def input_grad_chunk(g, x, dy, dx, dresidual, residual, activation, weights, ind
                 at = first + i
                 input_grad_lanes(
                     row(x, at, n), row(dy, at, n), block_of_dx, part(dresidual, at, n), part(residual, at, n),
-                    w, t, i, n, activation, constant,
+                    w, t, i, n, activation, alone,
                 )  # fmt: skip
                 store_block(block_of_dx, dx, at)
                 i += n

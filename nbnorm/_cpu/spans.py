@@ -22,10 +22,10 @@ BACKWARD_STEP = 4
 # columns (benchmarks/choices.py).
 FORWARD_STEP = 2
 SHORT_ROW = 256
-# Columns up to which forward asks for the next rows before it normalizes these: 0.72 to 0.95 of the time from 8 MB, no
-# difference within the caches, but 1.1 with rows of 4096 (layer norm on Emerald Rapids, shapes of benchmarks/peers.py
-# and bench_halves.py). Asking for them piece by piece in between took 0.83 to 1.16 of that.
-FETCHED = 2048
+# Columns up to which forward asks for the next rows before it normalizes these: 0.82 to 1.04 of the time, 0.92 to 1.13
+# with rows of 2048, 1.06 to 1.13 with rows of 4096 (benchmarks/choices.py; Emerald Rapids). Asking for them piece by
+# piece in between took 0.83 to 1.16 of that.
+FETCHED = 1024
 # Samples of a band at most: their terms of the parameters' gradients are summed in the array's own type, in chains of
 # 16 additions of four terms each, before float64 takes over. Fewer where there would be less than MIN_BANDS bands, but
 # not so few that a band has less than BAND_SIZE elements, or that the sums of all bands are large beside x.
@@ -45,6 +45,7 @@ class Cut(NamedTuple):
     chunks: int
     step: int
     streamed: int  # whether results are written past the caches
+    ahead: int  # rows that forward asks for before it normalizes these
 
 
 @lru_cache(maxsize=4096)
@@ -60,7 +61,8 @@ def geometry(view: View, threads: int, masked: bool = False, size: int = 0) -> n
     band = min(BAND, max(BACKWARD_STEP, -(-samples // max(wanted, 1))))
     step = FORWARD_STEP if inner <= SHORT_ROW else 1
     bands, chunks = -(-samples // band), -(-inner // CHUNK)
-    return np.array(Cut(rows, inner, period, band, bands, chunks, step, worthwhile(size, inner)))
+    ahead = step if inner <= FETCHED else 0
+    return np.array(Cut(rows, inner, period, band, bands, chunks, step, worthwhile(size, inner), ahead))
 
 
 @lru_cache(maxsize=4096)
@@ -72,7 +74,7 @@ def fused(view: View, threads: int, masked: bool = False) -> bool:
 @inlined
 def unpack(g):
     """Name the integers of a geometry."""
-    return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7])
+    return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8])
 
 
 @inlined

@@ -48,9 +48,9 @@ def last_level() -> int:
     return min(told(), MOST)
 
 
-def worthwhile(size: int, neighbours: int) -> bool:
+def worthwhile(size: int, neighbours: int, shortest: int = SHORTEST) -> bool:
     """Whether arrays of so many bytes together do not stay in the caches, and enough lines are whole."""
-    return neighbours >= SHORTEST and size > last_level()
+    return neighbours >= shortest and size > last_level()
 
 
 def worthwhile_in_columns(size: int, lanes: int) -> bool:
@@ -58,7 +58,7 @@ def worthwhile_in_columns(size: int, lanes: int) -> bool:
 
     There they take 0.7 to 0.9 of the time (Emerald Rapids), but 0.9 to 1.13, and once 1.4, with 32 MB for two (Zen 5).
     """
-    return lanes >= SHORTEST_LANES and told() > MOST and size > last_level()
+    return told() > MOST and worthwhile(size, lanes, SHORTEST_LANES)
 
 
 @inlined
