@@ -31,12 +31,23 @@ class WideCode(JITCodeLibrary):
         super().add_ir_module(module)  # type: ignore[no-untyped-call]
 
 
-class InnerCode(WideCode):
-    """Code that does not run by itself; what it calls is put beside it when a kernel takes it in, not earlier."""
+class PartCode(WideCode):
+    """Code that does not run by itself, so that there is no machine code of it."""
 
     def get_pointer_to_function(self, name: str) -> int:
         """Return that there is no machine code."""
         return 0
+
+
+class LoopCode(PartCode):
+    """Code that is optimized with all that it calls before a kernel takes it in."""
+
+    def _finalize_final_module(self) -> None:
+        self._finalized = True
+
+
+class InnerCode(PartCode):
+    """Code that is left as it is; what it calls is put beside it when a kernel takes it in, not earlier."""
 
     def finalize(self) -> None:
         """Take the code as it is."""
@@ -74,6 +85,8 @@ class InnerCode(WideCode):
 class WideCodegen:
     """Numba's generator of code, but what it makes is `WideCode`."""
 
+    code: type[WideCode] = WideCode
+
     def __init__(self, codegen: Any) -> None:
         self._own = codegen
 
@@ -82,22 +95,30 @@ class WideCodegen:
 
     def create_library(self, name: str) -> WideCode:
         """Make room for the code of a function."""
-        return WideCode(self, name)  # type: ignore[no-untyped-call]
+        return self.code(self, name)  # type: ignore[no-untyped-call]
 
 
-class InnerCodegen(WideCodegen):
-    """Numba's generator of code, but what it makes is `InnerCode`."""
-
-    def create_library(self, name: str) -> InnerCode:
-        """Make room for the code of a function."""
-        return InnerCode(self, name)  # type: ignore[no-untyped-call]
+class PartCodegen(WideCodegen):
+    """Numba's generator of code, but what it makes does not run by itself."""
 
     def set_env(self, name: str, env: Any) -> None:
         """Do nothing: an environment is for code that Python calls."""
 
 
+class LoopCodegen(PartCodegen):
+    """Numba's generator of code, but what it makes is `LoopCode`."""
+
+    code = LoopCode
+
+
+class InnerCodegen(PartCodegen):
+    """Numba's generator of code, but what it makes is `InnerCode`."""
+
+    code = InnerCode
+
+
 class Wide(Compiler):
-    """Numba's compiler for what Python calls, and for loops that kernels take in."""
+    """Numba's compiler for what Python calls."""
 
     codegen: type[WideCodegen] = WideCodegen
 
@@ -108,8 +129,14 @@ class Wide(Compiler):
         return super().define_pipelines()  # type: ignore[no-untyped-call]
 
 
+class Loop(Wide):
+    """Numba's compiler for loops that kernels take in."""
+
+    codegen = LoopCodegen
+
+
 class Inner(Wide):
-    """Numba's compiler for what kernels call."""
+    """Numba's compiler for all else that kernels call."""
 
     codegen = InnerCodegen
 

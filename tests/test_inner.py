@@ -7,7 +7,7 @@ import pytest
 from numba import njit, prange
 
 from nbnorm._cpu.launch import helper, kernel, loop
-from nbnorm._inner import InnerCode, Outer, Wide
+from nbnorm._inner import InnerCode, LoopCode, Outer, Wide
 from processes import run
 
 pytestmark = pytest.mark.skipif(os.environ.get("NUMBA_DISABLE_JIT") == "1", reason="nothing is compiled")
@@ -85,6 +85,7 @@ def test_who_is_compiled_how():
     assert all(
         isinstance(library, InnerCode) for f in (increment, never, always, either) for library in libraries(f)
     )
+    assert all(isinstance(library, LoopCode) for library in libraries(twice))
     assert not any(isinstance(library, InnerCode) for f in (fresh, twice, other) for library in libraries(f))
 
 

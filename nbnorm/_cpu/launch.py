@@ -11,7 +11,7 @@ from numba import njit
 from nbnorm._cpu.cache import Cache
 from nbnorm._cpu.halves import computing, stored
 from nbnorm._cpu.team import team
-from nbnorm._inner import Outer, Wide
+from nbnorm._inner import Loop, Outer, Wide
 from nbnorm._math import INNER
 
 # Elements below which waking a team of threads costs more than it saves (benchmarks/bench_batch_norm.py, Small).
@@ -23,7 +23,7 @@ helper = njit(**INNER)
 # For a loop over so few elements that handing over its arrays, seven words each, would take as long.
 inlined = njit(**INNER, forceinline=True)
 # Loops over elements, optimized before a kernel takes them in: otherwise some are a tenth slower, some not vectorized.
-_LOOP: dict[str, Any] = {**INNER, "pipeline_class": Wide}
+_LOOP: dict[str, Any] = {**INNER, "pipeline_class": Loop}
 loop = njit(**_LOOP)
 # Sums side by side: a product and the sum it enters may be rounded once.
 contracted = njit(**_LOOP, fastmath={"contract"})
