@@ -95,7 +95,7 @@ class WideCodegen:
 
     def create_library(self, name: str) -> WideCode:
         """Make room for the code of a function."""
-        return self.code(self, name)  # type: ignore[no-untyped-call]
+        return self.code(self, name)
 
 
 class PartCodegen(WideCodegen):

@@ -24,7 +24,7 @@ def call(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str,
 
 def _in(x: Any, seen: dict[int, Any]) -> Any:
     """View a foreign array, or those of a tuple, as CuPy's, and remember what was lent."""
-    if isinstance(x, tuple) and not hasattr(x, "_fields"):
+    if type(x) is tuple:
         return tuple(_in(item, seen) for item in x)
     if not is_foreign(x):
         return x
@@ -37,7 +37,7 @@ def _in(x: Any, seen: dict[int, Any]) -> Any:
 
 def _out(x: Any, seen: dict[int, Any]) -> Any:
     """Give a result back: the array that was lent, or a new one of Numba's."""
-    if isinstance(x, tuple):
+    if type(x) is tuple:
         return tuple(_out(item, seen) for item in x)
     if not is_cupy(x):
         return x
