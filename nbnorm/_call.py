@@ -34,6 +34,7 @@ class Call(NamedTuple):
     sample_axis: int
     eps: float
     out: Array | None
+    alone: bool  # whether out surely shares no memory with any input
 
 
 class Options(NamedTuple):
@@ -121,11 +122,12 @@ def _call(
         residual = _checks.array("residual", residual)
         _checks.shape("residual", residual, source.shape)
         _checks.dtype("residual", residual, source.dtype)
-    if out is not None:
-        if not _checks.fitting(out, source):
-            _checks.out("out", out, source.shape, source.dtype)
+    alone = _checks.apart(out, source, weight, bias, residual)
+    if out is not None and not _checks.fitting(out, source):
+        _checks.out("out", out, source.shape, source.dtype)
+    if not alone:
         _checks.disjoint_from_parameters("out", out, weight, bias)
-    _checks.together(_TOGETHER, (source, weight, bias, residual, out))
+        _checks.together(_TOGETHER, (source, weight, bias, residual, out))
     if weights is not None:
         weights = _masks.check(weights, source.shape, channel_axis)
     x, view, results = _layout.plan(source, planner, order)
@@ -137,16 +139,16 @@ def _call(
         residual = _layout.arrange(residual, x)
     marker = None if activation is None else _activation.marker(*activation, double=source.itemsize == 8)
     epilogue = Epilogue(weight, bias, residual, marker)
-    return Call(operation, source, x, view, results, epilogue, with_residual, mask, samples, eps, out)
+    return Call(operation, source, x, view, results, epilogue, with_residual, mask, samples, eps, out, alone)
 
 
 def keep_inputs(call: Call) -> None:
     """Refuse to write over what backward needs: x, and the residual below an activation."""
-    out, residual, activation = call.out, call.epilogue.residual, call.epilogue.activation
-    if out is not None and not _checks.apart(out, call.source):
-        _checks.disjoint("out", out, [("x", call.source)], ", which backward needs")
-    if out is not None and activation is not None:
-        _checks.disjoint("out", out, [("residual", residual)], ", which backward needs for the activation")
+    if call.out is not None and not call.alone:
+        _checks.disjoint("out", call.out, [("x", call.source)], ", which backward needs")
+        if call.epilogue.activation is not None:
+            residual = [("residual", call.epilogue.residual)]
+            _checks.disjoint("out", call.out, residual, ", which backward needs for the activation")
 
 
 def counted(call: Call) -> Call:
@@ -179,8 +181,7 @@ def _room(call: Call) -> tuple[Array, Array]:
         target = _layout.empty_like(call.source)
         if call.order is None:
             return target, target
-    residual = call.epilogue.residual
-    inputs = (call.x,) if residual is None else (call.x, residual)
+    inputs = () if call.alone else (call.x, call.epilogue.residual)
     return target, _layout.workspace(target, call.x, *inputs)
 
 

@@ -78,7 +78,7 @@ def arrange(x: np.ndarray, like: np.ndarray) -> Any:
     return arranged
 
 
-def workspace(out: np.ndarray | None, like: np.ndarray, *inputs: np.ndarray) -> Any:
+def workspace(out: np.ndarray | None, like: np.ndarray, *inputs: np.ndarray | None) -> Any:
     """Return where a kernel may write: ``out`` itself, or a new array if its memory does not allow that.
 
     A buffer that coincides with an input is fine, since every element is read before it is written; one
@@ -87,7 +87,7 @@ def workspace(out: np.ndarray | None, like: np.ndarray, *inputs: np.ndarray) -> 
     if out is None or (out.strides != like.strides and order(out) != order(like)):
         return empty_like(like)
     for x in inputs:
-        if x is not out and _checks.overlap(out, x) and _address(out) != _address(x):
+        if x is not None and x is not out and _checks.overlap(out, x) and _address(out) != _address(x):
             return empty_like(like)
     return out
 

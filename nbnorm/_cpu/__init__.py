@@ -99,7 +99,7 @@ def forward(
         slot_rstd = rstd(m2, view.values if mask is None else mask.counts, eps)
         apply(view, x, y, mean, slot_rstd, epilogue)
         return mean, m2, slot_rstd
-    m2, slot_rstd = np.empty((2, view.slots))
+    m2, slot_rstd = np.empty(view.slots), np.empty(view.slots)
     mean = np.empty(view.slots) if centered else None
     options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
     g = walk.geometry(view, threads, masked, 2 * x.nbytes)
