@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from nbnorm import _activation, _checks, _layout, _masks, _warn
 from nbnorm._dispatch import backend
-from nbnorm._layout import Planner
+from nbnorm._layout import Order, Planner
 from nbnorm._options import Epilogue, Mask
 from nbnorm._view import View, batch_view, group_view, sample_axis, trailing_view
 from nbnorm.saved import Saved
@@ -69,7 +68,7 @@ def batch_call(
     def planner(shape: Shape, strides: Shape, itemsize: int) -> View | None:
         return batch_view(shape, strides, itemsize, axis, masked)
 
-    return _call(operation, source, planner, (), axis, sample_axis(axis), weight, bias, eps, out, options)
+    return _call(operation, source, planner, tuple, axis, sample_axis(axis), weight, bias, eps, out, options)
 
 
 def group_call(
@@ -85,13 +84,11 @@ def group_call(
     channels = source.shape[axis]
     groups = channels if groups is None else _checks.num_groups(groups, channels)
     samples = sample_axis(axis)
-    order = [samples, axis, *(i for i in range(source.ndim) if i not in (samples, axis))]
-    planner = partial(
-        group_view,
-        channel_axis=axis,
-        num_groups=groups,
-        plain=options.plain,
-    )
+    planner = partial(group_view, channel_axis=axis, num_groups=groups, plain=options.plain)
+
+    def order() -> list[int]:
+        return [samples, axis, *(i for i in range(source.ndim) if i not in (samples, axis))]
+
     call = _call(operation, source, planner, order, axis, samples, weight, bias, eps, out, options)
     return call, (source.shape[samples], groups)
 
@@ -106,12 +103,13 @@ def trailing_call(
     weight = _checks.normalized_parameter("weight", weight, normalized, source.shape)
     bias = _checks.normalized_parameter("bias", bias, normalized, source.shape)
     planner = partial(trailing_view, normalized=len(normalized))
-    call = _call(operation, source, planner, range(source.ndim), -1, -1, weight, bias, eps, out, PLAIN)
+    order = partial(range, source.ndim)
+    call = _call(operation, source, planner, order, -1, -1, weight, bias, eps, out, PLAIN)
     return call, source.shape[:split]
 
 
 def _call(
-    operation: str, source: Array, planner: Planner, order: Sequence[int], channel_axis: int, samples: int,
+    operation: str, source: Array, planner: Planner, order: Order, channel_axis: int, samples: int,
     weight: Array | None, bias: Array | None, eps: Any, out: Any, options: Options,
 ) -> Call:  # fmt: skip
     """Check what all norms take, and lay everything out for the view of x."""

@@ -67,7 +67,7 @@ def at_least_2d(operation: str, x: np.ndarray) -> None:
 
 def axis(name: str, value: Any, ndim: int) -> int:
     """Return an axis counted from the front."""
-    index = value if type(value) is int else integer(name, value)
+    index = integer(name, value)
     if not -ndim <= index < ndim:
         raise np.exceptions.AxisError(index, ndim, name)
     return index % ndim
@@ -75,6 +75,8 @@ def axis(name: str, value: Any, ndim: int) -> int:
 
 def integer(name: str, value: Any) -> int:
     """Return an int from anything that is one exactly; bool is not."""
+    if type(value) is int:
+        return value
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     try:

@@ -169,14 +169,12 @@ def _room(
         fresh = _layout.result(saved)
         return (fresh, fresh), (None, None)
     dx = _layout.result(saved) if out is None else out
-    inputs = [saved.x, dy] + ([] if saved.residual is None else [saved.residual])
+    inputs = saved.x, dy, saved.residual
+    room = dx, _layout.workspace(dx, saved.x, *inputs)
     if not with_residual:
-        return (dx, _layout.workspace(dx, saved.x, *inputs)), (None, None)
+        return room, (None, None)
     dresidual = _layout.result(saved) if out_residual is None else out_residual
-    return (
-        (dx, _layout.workspace(dx, saved.x, *inputs)),
-        (dresidual, _layout.workspace(dresidual, saved.x, *inputs)),
-    )
+    return room, (dresidual, _layout.workspace(dresidual, saved.x, *inputs))
 
 
 def _delivered(room: tuple[Array | None, Array | None]) -> Array | None:
@@ -186,7 +184,10 @@ def _delivered(room: tuple[Array | None, Array | None]) -> Array | None:
 
 def _statistics(saved: Saved) -> tuple[Array | None, Array]:
     """Mean and rstd with one entry per slot, as kernels take them."""
-    return None if saved.mean is None else saved.mean.reshape(-1), saved.rstd.reshape(-1)
+    mean, rstd = saved.mean, saved.rstd
+    if rstd.ndim == 1:
+        return mean, rstd
+    return None if mean is None else mean.reshape(-1), rstd.reshape(-1)
 
 
 def _buffers(
@@ -200,17 +201,16 @@ def _buffers(
             f"out must be a tuple of {len(names)} arrays or None ({', '.join(names)}), got {out!r:.80}"
         )
     apart = _checks.distinct(*out, saved.weight, saved.bias)
-    for i, (name, like, buffer) in enumerate(zip(names, likes, out, strict=True)):
-        if buffer is None:
+    for i, buffer in enumerate(out):
+        if buffer is None or (apart and wanted[i] and _checks.fitting(buffer, likes[i])):
             continue
-        if not wanted[i]:
-            raise ValueError(f"out[{i}] was given, but {name} is not computed")
-        if not apart or not _checks.fitting(buffer, like):
-            assert like is not None
-            _checks.out(f"out[{i}]", buffer, like.shape, like.dtype)
-            _checks.together(("x", f"out[{i}]"), (saved.x, buffer))
-            _checks.disjoint_from_parameters(f"out[{i}]", buffer, saved.weight, saved.bias)
-            _checks.disjoint(f"out[{i}]", buffer, [(f"out[{k}]", out[k]) for k in range(i)])
+        name, like = f"out[{i}]", likes[i]
+        if not wanted[i] or like is None:
+            raise ValueError(f"{name} was given, but {names[i]} is not computed")
+        _checks.out(name, buffer, like.shape, like.dtype)
+        _checks.together(("x", name), (saved.x, buffer))
+        _checks.disjoint_from_parameters(name, buffer, saved.weight, saved.bias)
+        _checks.disjoint(name, buffer, [(f"out[{k}]", out[k]) for k in range(i)])
     return out
 
 

@@ -32,16 +32,17 @@ def empty_like(x: Any) -> Any:
     return library(x).empty_like(x)
 
 
+Order = Callable[[], Sequence[int]]
 Planner = Callable[[tuple[int, ...], tuple[int, ...], int], View | None]
 
 
 def plan(
-    x: np.ndarray, planner: Planner, fallback: Sequence[int] = ()
+    x: np.ndarray, planner: Planner, fallback: Order = tuple
 ) -> tuple[np.ndarray, View, tuple[int, ...] | None]:
     """Return x, packed once if its memory has no view, the view, and the order of results if packing changed it.
 
     An array with gaps is packed in its own order of axes, one in an order without a view in the order
-    ``fallback``, which has one.
+    that ``fallback`` returns, which has one.
     """
     view = planner(x.shape, x.strides, x.itemsize)
     if view is None and order(x) is None:
@@ -49,7 +50,8 @@ def plan(
         view = planner(x.shape, x.strides, x.itemsize)
     if view is not None:
         return x, view, None
-    packed = library(x).ascontiguousarray(x.transpose(fallback)).transpose(inverse(fallback))
+    order_with_view = fallback()
+    packed = library(x).ascontiguousarray(x.transpose(order_with_view)).transpose(inverse(order_with_view))
     view = planner(packed.shape, packed.strides, packed.itemsize)
     assert view is not None
     axes = sorted(range(x.ndim), key=lambda axis: -x.strides[axis])
@@ -86,6 +88,8 @@ def workspace(out: np.ndarray | None, like: np.ndarray, *inputs: np.ndarray | No
     """
     if out is None or (out.strides != like.strides and order(out) != order(like)):
         return empty_like(like)
+    if _checks.apart(out, *inputs):
+        return out
     for x in inputs:
         if x is not None and x is not out and _checks.overlap(out, x) and _address(out) != _address(x):
             return empty_like(like)

@@ -126,24 +126,30 @@ def grad_sums(
 
 def _slot_sums(
     view: View, x: Array, dy: Array, mean: Array | None, rstd: Array, epilogue: Epilogue, mask: Mask | None
-) -> Array:
-    """Sums of dz and of dz * x_hat over every run of every slot, shape (2, slots, width)."""
-    sums = np.zeros((2, view.slots, view.width))
+) -> Sums:
+    """Sums of dz and of dz * x_hat over every run of every slot, shape (slots, width)."""
+    sums = _no_sums(view)
     if view.size:
         walk = _walk(view.traversal)
         options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
         threads = threads_for(view.size)
         g = walk.geometry(view, threads, mask is not None)
-        walk.grad_sums_kernel(threads, g, flat(x), flat(dy), mean, rstd, *options, sums[0], sums[1])
+        walk.grad_sums_kernel(threads, g, flat(x), flat(dy), mean, rstd, *options, *sums)
     return sums
 
 
-def _by_parameter(view: View, sums: Array) -> Sums:
+def _no_sums(view: View) -> Sums:
+    """Return zeros for every run of every slot."""
+    return np.zeros((view.slots, view.width)), np.zeros((view.slots, view.width))
+
+
+def _by_parameter(view: View, sums: Sums) -> Sums:
     """Add the sums of slots that share parameters."""
     parameters = view.period * view.width
-    alone = sums[0].size == parameters
-    totals = sums.reshape(2, parameters) if alone else sums.reshape(2, -1, parameters).sum(axis=1)
-    return totals[0], totals[1]
+    dz, dz_x_hat = sums
+    if dz.size == parameters:
+        return dz.reshape(-1), dz_x_hat.reshape(-1)
+    return dz.reshape(-1, parameters).sum(axis=0), dz_x_hat.reshape(-1, parameters).sum(axis=0)
 
 
 def input_grad(
@@ -155,7 +161,7 @@ def input_grad(
     For norms whose every slot has parameters of its own.
     """
     if view.size:
-        both = np.zeros((2, view.slots, 1)) if sums is None else np.stack(sums)[:, :, np.newaxis]
+        both = _no_sums(view) if sums is None else np.stack(sums)[:, :, np.newaxis]
         _input_grad(view, x, dy, dx, dresidual, mean, rstd, epilogue, both, count, mask, sums is None)
 
 
@@ -165,7 +171,7 @@ def _input_grad(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, m
     options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
     threads = threads_for(view.size)
     g = walk.geometry(view, threads, mask is not None, 3 * x.nbytes)
-    walk.input_grad_kernel(threads, g, *arrays, *options, sums[0], sums[1], *_counts(count), constant)
+    walk.input_grad_kernel(threads, g, *arrays, *options, *sums, *_counts(count), constant)
 
 
 def _counts(count: float | Array) -> tuple[float, Array | None]:
@@ -193,11 +199,11 @@ def backward(
         if view.size:
             _input_grad(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, mask, False)
     else:
-        sums = np.zeros((2, view.slots, view.width))
+        sums = _no_sums(view)
         arrays = (flat(x), flat(dy), flat(dx), optional(dresidual), mean, rstd)
         options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
         g = walk.geometry(view, threads, mask is not None, 3 * x.nbytes)
-        walk.backward_kernel(threads, g, *arrays, *options, sums[0], sums[1], *_counts(count))
+        walk.backward_kernel(threads, g, *arrays, *options, *sums, *_counts(count))
     return _by_parameter(view, sums)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import numba
 from numba.core.compiler_lock import global_compiler_lock
+from numba.np.ufunc import parallel
 
 # Seconds that a fork waits for the end of a compilation in another thread. It must go on in the end, for the
 # compiling thread may itself wait for something that the forking one holds, such as an import.
@@ -26,17 +27,19 @@ class Team:
     def __init__(self) -> None:
         self.enabled = os.environ.get("NBNORM_PARALLEL", "1") != "0"
         self._started = False
+        self._shared = False  # whether callers at the same time may each have a team
         self._busy = threading.Lock()
+        self._count: Callable[[], int] = numba.get_num_threads
 
     def size(self) -> int:
         """Return how many threads a kernel may have; the first call starts them."""
         if self.enabled and not self._started:
             self._start()
-        return int(numba.get_num_threads()) if self.enabled else 1
+        return int(self._count()) if self.enabled else 1
 
     def enter(self) -> Callable[[], None] | None:
         """Return what is to be called at the end, or None where the kernel must stay serial."""
-        if layer() in ("omp", "tbb"):
+        if self._shared:
             return _nothing
         return self._busy.release if self._busy.acquire(blocking=False) else None
 
@@ -55,11 +58,14 @@ class Team:
             self.enabled = False
             _warn(f"nbnorm runs on one thread, since Numba has no threading layer: {error}")
         else:
+            self._shared = layer() in ("omp", "tbb")
             if layer() == "workqueue" != numba.config.THREADING_LAYER:  # type: ignore[attr-defined]
                 _warn(
                     "Numba found neither TBB nor OpenMP and fell back to its workqueue layer, which serves one caller "
                     "at a time: of several Python threads that use nbnorm at once, one runs in parallel"
                 )
+            # What Numba's function asks once it has taken two locks, which costs ten times as much.
+            self._count = getattr(parallel, "_get_num_threads", self._count)
 
 
 def layer() -> str | None:
