@@ -1,8 +1,8 @@
 """What stands behind choices of the package that no other benchmark shows: `python -m benchmarks.choices`.
 
-Chunks of columns (`nbnorm/_cpu/grid.py`), slots that one task takes together (`nbnorm/_cpu/cut.py`), rows that are
-taken together or asked for in advance (`nbnorm/_cpu/spans.py`), and results that are written past the caches
-(`nbnorm/_cpu/streams.py`).
+Chunks of columns and rows of them side by side (`nbnorm/_cpu/grid.py`), slots that one task takes together
+(`nbnorm/_cpu/cut.py`), rows that are taken together or asked for in advance (`nbnorm/_cpu/spans.py`), and results that
+are written past the caches (`nbnorm/_cpu/streams.py`).
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ SEGMENTS = (
     (32, 64, 56, 56),
     (32, 512, 28, 28),
 )
+# Narrow arrays, which one thread works on.
+FOLDED = ((32, 64), (128, 64), (256, 64), (64, 3), (2048, 3), (256, 10), (2048, 10), (512, 32), (128, 256))
 # Cases around the last-level cache, and around as many neighbours as are worth it.
 STREAMS = (
     *(
@@ -104,6 +106,28 @@ def chunks() -> None:
         g = np.array(columns_cut._replace(chunk=chunk, chunks=-(-columns_cut.rows // chunk)))
         calls[wanted] = partial(columns.moments_kernel, 2, g, x.reshape(-1), None, mean, m2)
     show(f"chunks for the moments of {x.shape}", calls)
+
+
+def folded() -> None:
+    """Batch norm of narrow arrays, more and more rows of which lie side by side."""
+    for shape in FOLDED:
+        calls = {
+            "forward": prepare("forward", Case("batch", shape)),
+            "backward": prepare("backward", Case("batch", shape)),
+        }
+        view = calls["backward"][0].args[1].view
+        chosen = grid.Cut(*(int(n) for n in columns.geometry(view, 1)))
+        for name, (call, _) in calls.items():
+            ways = {}
+            for fold in sorted({1, 2, 4, 8, 16, 32, 64, chosen.fold}, key=lambda fold: fold != chosen.fold):
+                rows, lanes = shape[0] // fold, shape[1] * fold
+                if rows and lanes <= grid.WIDE:
+                    spare = shape[0] % fold * shape[1]
+                    own = chosen._replace(
+                        fold=fold, block=lanes, lanes=lanes, chunk=rows, rows=rows, spare=spare
+                    )
+                    ways[fold] = with_cut(columns, own, call)
+            show(f"rows side by side, {name} {shape}, chosen {chosen.fold}", ways)
 
 
 def together() -> None:
@@ -170,6 +194,7 @@ def streamed() -> None:
 
 if __name__ == "__main__":
     chunks()
+    folded()
     together()
     rows_together()
     fetched()

@@ -133,6 +133,16 @@ def test_outlier(case, dtype, outlier, start, rng):
     check(x, case.dy(rng, dtype), *case.parameters(rng, dtype))
 
 
+@on_floats
+def test_outlier_in_a_long_lane(dtype, rng):
+    """Beside a wild value all other deviations are equal, and so are the roundings of their sum; masks do not fold."""
+    x = rng.standard_normal((20000, 4)).astype(dtype)
+    x[0, 0], x[5, 1] = -1e30, 1e8
+    variance = nbnorm.batch_moments(x, mask=np.ones(len(x), bool)).var()
+    reference = oracle.batch_norm(x)
+    oracle.assert_within(variance, reference.per_slot("var"), oracle.var_tolerance(reference), "variance")
+
+
 @on_traversals
 @on_floats
 @pytest.mark.parametrize("distance", [1.0, 3.0, 3.7, 4.3, 10.0, 100.0])

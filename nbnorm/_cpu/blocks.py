@@ -22,7 +22,7 @@ from nbnorm._cpu.lanes import apply_row, copy_row, fill, input_grad_row, row_wei
 from nbnorm._cpu.launch import helper, inlined, loop
 from nbnorm._cpu.memory import borrowed, row
 from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
-from nbnorm._cpu.tiles import add_rows, entry, parameter, part, room, slot_count, weighted
+from nbnorm._cpu.tiles import add_rows, entry, parameter, part, room, settle_rows, slot_count, weighted
 from nbnorm._math import affine, gradient_terms, recentered, reciprocal_std, rounded
 
 
@@ -62,10 +62,15 @@ def block_moments(g, x, weights, index, moments, mean, m2):
     n = merge_chunks(moments, chunk_weights(g, weights, own.batch), own.lanes)
     merged = moments[0]
     n = merge_folds(merged, cut.fold, own.width, n, x, own.base + cut.rows * cut.lanes, cut.spare)
+    lane_mean, lane_m2 = row(merged[0], 0, own.width), row(merged[1], 0, own.width)
+    if cut.inner == 1:
+        copy_row(row(mean, own.slot, own.slots), lane_mean)
+        copy_row(row(m2, own.slot, own.slots), lane_m2)
+        return
     for i in range(own.slots):
         at = i * cut.inner
         mean[own.slot + i], m2[own.slot + i] = slot_moments(
-            row(merged[0], at, cut.inner), row(merged[1], at, cut.inner), n
+            row(lane_mean, at, cut.inner), row(lane_m2, at, cut.inner), n
         )
 
 
@@ -167,13 +172,25 @@ def block_grad_sums(g, index, mean, rstd, terms, lane_sums, sum_dz, sum_dz_x_hat
         for f in range(1, cut.fold):
             add_rows(total, rest, row(top[k], f * own.width, own.width))
             add_rows(total, rest, row(top[k + 1], f * own.width, own.width))
+    dz, dz_rest = row(top[0], 0, own.width), row(top[1], 0, own.width)
+    dz_x_hat, dz_x_hat_rest = row(top[2], 0, own.width), row(top[3], 0, own.width)
+    if cut.run == 1:
+        settle_rows(dz, dz_rest)
+        settle_rows(dz_x_hat, dz_x_hat_rest)
+        for i in range(own.slots):
+            k = own.slot + i
+            for j in range(cut.width):
+                at = i * cut.inner + j
+                sum_dz[k, j] = dz[at]
+                sum_dz_x_hat[k, j] = recentered(dz_x_hat[at], dz[at], mean[k], terms[0, at], rstd[k])
+        return
     for i in range(own.slots):
         slot = own.slot + i
         mean_hi = terms[0, i * cut.inner]
         for j in range(cut.width):
             first = i * cut.inner + j * cut.run
-            a = line_sum(row(top[0], first, cut.run), row(top[1], first, cut.run))
-            b = line_sum(row(top[2], first, cut.run), row(top[3], first, cut.run))
+            a = line_sum(row(dz, first, cut.run), row(dz_rest, first, cut.run))
+            b = line_sum(row(dz_x_hat, first, cut.run), row(dz_x_hat_rest, first, cut.run))
             sum_dz[slot, j] = a
             sum_dz_x_hat[slot, j] = recentered(b, a, mean[slot], mean_hi, rstd[slot])
 

@@ -8,6 +8,7 @@ slot, from folding or from ``inner`` > 1, are merged at the end.
 from __future__ import annotations
 
 from functools import lru_cache
+from math import isqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +20,10 @@ from nbnorm._view import View
 
 # Folding fills rows up to this many lanes (benchmarks/bench_batch_norm.py, Columns).
 WIDE = 768
-# Folding leaves at least this many rows.
-MIN_ROWS = 16
+# Folding n rows puts at most sqrt(n) / FOLDING of them, a power of two, side by side: what it saves in the rows of a
+# block, merging its lanes must not cost (benchmarks/choices.py; Emerald Rapids, 32 to 2048 rows of 3 to 256 lanes:
+# within a tenth of the best number, where rows filled up to WIDE took up to 1.6 times as long).
+FOLDING = 2
 # Lanes of a block whose rows all fit the second-level cache together, and of one whose rows do not.
 CACHED_LANES = 256
 STREAMED_LANES = 2048
@@ -62,7 +65,7 @@ def geometry(view: View, threads: int, masked: bool = False, size: int = 0) -> n
     all arrays in bytes.
     """
     width = view.group * view.inner
-    fold = 1 if masked else max(1, min(WIDE // width, view.outer // MIN_ROWS))
+    fold = 1 if masked else max(1, min(WIDE // width, power_of_two(isqrt(view.outer) // FOLDING)))
     lanes, rows = fold * width, view.outer // fold
     if fold > 1:
         block = lanes
@@ -79,6 +82,11 @@ def geometry(view: View, threads: int, masked: bool = False, size: int = 0) -> n
     streamed = worthwhile_in_columns(size, block)
     blocks, chunks = -(-lanes // block), -(-rows // chunk)
     return np.array(Cut(*sizes, fold, block, chunk, lanes, rows, spare, blocks, chunks, streamed))
+
+
+def power_of_two(most: int) -> int:
+    """Return the largest power of two up to a number; 0 if there is none."""
+    return 1 << most.bit_length() >> 1
 
 
 @lru_cache(maxsize=4096)

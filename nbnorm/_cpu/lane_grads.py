@@ -118,6 +118,4 @@ def chunk_lane_grad_sums(
 @helper
 def line_sum(values, rests):
     """Sum of neighbouring lanes with their rests."""
-    if values.shape[0] == 1:
-        return settled(values[0], rests[0])
     return settled(summed(values), summed(rests))

@@ -148,16 +148,16 @@ def add_wide(total, a, w):
 
 
 @helper
-def add_central(total, squares, mean, a, w):
-    """Add one row's deviations and their squares, ``w`` times, in float64."""
+def add_central(total, squares, rest, mean, a, w):
+    """Add one row's deviations and their squares, ``w`` times, in float64; equal squares round the same way."""
     for i in range(total.shape[0]):
         d = np.float64(widen(a[i])) - mean[i]
         total[i] += w * d
-        squares[i] += w * (d * d)
+        squares[i], rest[i] = add(squares[i], rest[i], w * (d * d))
 
 
 @helper
-def careful_lane_sums(x, weights, first, stride, rows, count, total, squares, mean):
+def careful_lane_sums(x, weights, first, stride, rows, count, total, squares, rest, mean):
     """Approximate mean of each lane and the sums about it, in two float64 passes."""
     n = total.shape[0]
     fill(mean, 0.0)
@@ -169,10 +169,12 @@ def careful_lane_sums(x, weights, first, stride, rows, count, total, squares, me
         mean[i] /= count
     fill(total, 0.0)
     fill(squares, 0.0)
+    fill(rest, 0.0)
     for r in range(rows):
         w = row_weight(weights, r)
         if w > 0.0:
-            add_central(total, squares, mean, row(x, first + r * stride, n), w)
+            add_central(total, squares, rest, mean, row(x, first + r * stride, n), w)
+    settle_rows(squares, rest)
 
 
 @helper
@@ -197,7 +199,7 @@ def chunk_lane_moments(x, weights, first, stride, rows, sums, moments):
     lanes = sums.shape[1]
     narrow_total, narrow_squares, shift = sums[0], sums[1], sums[2]
     mean, m2 = row(moments[0], 0, lanes), row(moments[1], 0, lanes)
-    total, squares, rest = row(moments[2], 0, lanes), row(moments[3], 0, lanes), row(moments[4], 0, lanes)
+    total, squares = row(moments[2], 0, lanes), row(moments[3], 0, lanes)
     n = total_weight(weights, 0, rows)
     fill(mean, 0.0)
     fill(m2, 0.0)
@@ -218,10 +220,11 @@ def chunk_lane_moments(x, weights, first, stride, rows, sums, moments):
     settle_rows(total, mean)
     settle_rows(squares, m2)
     if conclude(total, squares, shift, n, mean, m2) > 0:
-        careful_lane_sums(x, weights, first, stride, rows, n, total, squares, rest)
+        near, rest = row(moments[4], 0, lanes), row(moments[5], 0, lanes)
+        careful_lane_sums(x, weights, first, stride, rows, n, total, squares, rest, near)
         for i in range(lanes):
             if m2[i] < 0.0:
-                mean[i], m2[i] = corrected(rest[i], total[i], squares[i], n)
+                mean[i], m2[i] = corrected(near[i], total[i], squares[i], n)
 
 
 @helper
@@ -344,8 +347,6 @@ def spread(values, center):
 def slot_moments(mean, m2, n):
     """Merge the lanes of a slot, ``n`` values each."""
     lanes = mean.shape[0]
-    if lanes == 1:
-        return mean[0], m2[0]
     center = mean[0] + spread(mean, mean[0])[0] / lanes
     total, squares = spread(mean, center)
     return corrected(center, n * total, summed(m2) + n * squares, n * lanes)
