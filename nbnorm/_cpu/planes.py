@@ -107,7 +107,7 @@ def input_grad_kernel(
     terms = np.empty((group, 5))
     for k in prange(group):
         slot_terms(
-            g, x, k, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, constant, terms[k]
+            g, x, k, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, constant, terms
         )
     for task in prange(tasks(g)):
         slot, slots, chunk = neighbours(g, task)
@@ -136,7 +136,7 @@ def backward_kernel(
         for k in range(first, first + slots):
             slot_sums(g, k, sums, sum_dz, sum_dz_x_hat)
             slot_terms(
-                g, x, k, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, False, terms[k]
+                g, x, k, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, False, terms
             )
         for chunk in range(chunks):
             input_grad_chunk(

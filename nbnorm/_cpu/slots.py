@@ -11,7 +11,6 @@ from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
 from nbnorm._cpu.tiles import (
     PIECE,
     TILE,
-    add_rows,
     entry,
     line_moments,
     parameter,
@@ -162,13 +161,14 @@ def chunk_grad_sums(
 @helper
 def slot_sums(g, slot, sums, sum_dz, sum_dz_x_hat):
     """Add up the chunks of a slot, in order, with what rounding leaves out."""
-    chunks, top = unpack(g).chunks, sums[slot * unpack(g).chunks]
-    for i in range(slot * chunks + 1, (slot + 1) * chunks):
-        add_rows(top[0], top[1], sums[i, 0])
-        add_rows(top[2], top[3], sums[i, 2])
-    for j in range(top.shape[1]):
-        sum_dz[slot, j] = settled(top[0, j], top[1, j])
-        sum_dz_x_hat[slot, j] = settled(top[2, j], top[3, j])
+    chunks = unpack(g).chunks
+    first = slot * chunks
+    for j in range(sums.shape[2]):
+        a, a_rest, b, b_rest = sums[first, 0, j], sums[first, 1, j], sums[first, 2, j], sums[first, 3, j]
+        for i in range(first + 1, first + chunks):
+            a, a_rest = add(a, a_rest, sums[i, 0, j])
+            b, b_rest = add(b, b_rest, sums[i, 2, j])
+        sum_dz[slot, j], sum_dz_x_hat[slot, j] = settled(a, a_rest), settled(b, b_rest)
 
 
 @helper
@@ -178,8 +178,8 @@ def slot_terms(g, x, slot, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, co
     first = slot % cut.period * cut.width
     sum_g, sum_g_x_hat = weighted(weight, first, sum_dz, slot), weighted(weight, first, sum_dz_x_hat, slot)
     n = slot_count(count, counts, slot, cut.period)
-    terms[0], terms[1], _ = affine(mean[slot], rstd[slot], 1.0, 0.0, x)
-    terms[2], terms[3], terms[4] = gradient_terms(
+    terms[slot, 0], terms[slot, 1], _ = affine(mean[slot], rstd[slot], 1.0, 0.0, x)
+    terms[slot, 2], terms[slot, 3], terms[slot, 4] = gradient_terms(
         mean[slot], rstd[slot], sum_g, sum_g_x_hat, n, True, constant, weights is not None, x
     )
 
