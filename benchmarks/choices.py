@@ -94,18 +94,32 @@ def moved(direction: str, b: Any) -> int:
 
 
 def chunks() -> None:
-    """Moments of 64 long columns in more and more chunks, all of which are merged at the end."""
+    """Moments of long columns in more and more chunks, all of which are merged at the end; all passes of short ones."""
     x = batch(Case("batch", (65536, 64))).x
     view = batch_view(x.shape, x.strides, x.itemsize, 1)
     assert view is not None
-    columns_cut = grid.Cut(*(int(n) for n in columns.geometry(view, 2)))
+    long = grid.Cut(*(int(n) for n in columns.geometry(view, 2)))
     mean, m2 = np.empty((2, 64))
-    calls = {}
-    for wanted in (16, 8, 32, 64, 128):
-        chunk = -(-columns_cut.rows // wanted)
-        g = np.array(columns_cut._replace(chunk=chunk, chunks=-(-columns_cut.rows // chunk)))
-        calls[wanted] = partial(columns.moments_kernel, 2, g, x.reshape(-1), None, mean, m2)
+    calls = {
+        n: partial(columns.moments_kernel, 2, in_chunks(long, n), x.reshape(-1), None, mean, m2)
+        for n in (16, 8, 32, 64, 128)
+    }
     show(f"chunks for the moments of {x.shape}", calls)
+    for shape in ((1024, 256), (2048, 256)):
+        for name in ("forward", "backward"):
+            call, b = prepare(name, Case("batch", shape))
+            view = batch_view(b.x.shape, b.x.strides, b.x.itemsize, 1)
+            assert view is not None
+            chosen = grid.Cut(*(int(n) for n in columns.geometry(view, 2)))
+            numbers = sorted({2, 3, 4, 7, 8, 16}, key=lambda n: n != chosen.chunks)
+            ways = {n: with_cut(columns, in_chunks(chosen, n), call) for n in numbers}
+            show(f"chunks, {name} {shape}, chosen {chosen.chunks}", ways)
+
+
+def in_chunks(whole: grid.Cut, wanted: int) -> np.ndarray:
+    """Return a way to cut columns into so many chunks."""
+    chunk = -(-whole.rows // wanted)
+    return np.array(whole._replace(chunk=chunk, chunks=-(-whole.rows // chunk)))
 
 
 def folded() -> None:

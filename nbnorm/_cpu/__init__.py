@@ -94,7 +94,8 @@ def forward(
     threads = threads_for(view.size)
     walk = _walk(view.traversal)
     masked = mask is not None
-    if not view.size or not walk.fused(view, threads, masked):
+    team = walk.fused(view, threads, masked) if view.size else 0
+    if not team:
         mean, m2 = moments(view, x, centered, mask)
         slot_rstd = rstd(m2, view.values if mask is None else mask.counts, eps)
         apply(view, x, y, mean, slot_rstd, epilogue)
@@ -103,7 +104,7 @@ def forward(
     mean = np.empty(view.slots) if centered else None
     options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
     g = walk.geometry(view, threads, masked, 2 * x.nbytes)
-    walk.forward_kernel(threads, g, flat(x), flat(y), *options, eps, mean, m2, slot_rstd)
+    walk.forward_kernel(team, g, flat(x), flat(y), *options, eps, mean, m2, slot_rstd)
     return mean, m2, slot_rstd
 
 
@@ -194,7 +195,8 @@ def backward(
         return gradients
     threads = threads_for(view.size)
     walk = _walk(view.traversal)
-    if not view.size or not walk.fused(view, threads, mask is not None):
+    team = walk.fused(view, threads, mask is not None) if view.size else 0
+    if not team:
         sums = _slot_sums(view, x, dy, mean, rstd, epilogue, mask)
         if view.size:
             _input_grad(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, mask, False)
@@ -203,7 +205,7 @@ def backward(
         arrays = (flat(x), flat(dy), flat(dx), optional(dresidual), mean, rstd)
         options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
         g = walk.geometry(view, threads, mask is not None, 3 * x.nbytes)
-        walk.backward_kernel(threads, g, *arrays, *options, *sums, *_counts(count))
+        walk.backward_kernel(team, g, *arrays, *options, *sums, *_counts(count))
     return _by_parameter(view, sums)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nbnorm._cpu.launch import balanced, helper
+from nbnorm._cpu.launch import helper, shares
 from nbnorm._cpu.streams import worthwhile
 from nbnorm._cpu.tiles import CHUNK, part
 from nbnorm._view import View
@@ -65,10 +65,10 @@ def together(view: View, threads: int, streamed: bool = False) -> int:
 
 
 @lru_cache(maxsize=4096)
-def fused(view: View, threads: int, masked: bool = False) -> bool:
-    """Whether whole slots keep the threads busy."""
-    cut = Cut(*geometry(view, threads))
-    return balanced(-(-cut.group // cut.slots), threads)
+def fused(view: View, threads: int, masked: bool = False) -> int:
+    """Return how many threads should share whole slots; 0 where their chunks keep more threads busy."""
+    cut = Cut(*(int(n) for n in geometry(view, threads)))
+    return shares(-(-cut.group // cut.slots), cut.chunks, threads)
 
 
 @helper

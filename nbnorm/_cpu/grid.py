@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nbnorm._cpu.launch import balanced, helper
+from nbnorm._cpu.launch import helper, shares
 from nbnorm._cpu.streams import worthwhile_in_columns
 from nbnorm._cpu.tiles import CHUNK
 from nbnorm._view import View
@@ -27,10 +27,11 @@ FOLDING = 2
 # Lanes of a block whose rows all fit the second-level cache together, and of one whose rows do not.
 CACHED_LANES = 256
 STREAMED_LANES = 2048
-# Chunks of a block: CHUNK values each until there are SOME, LONG values each until there are MANY. Every chunk has
-# moments or sums of its own for each lane, whose merge is one thread's work: moments of (65536, 64) in 64 chunks take
-# 1.4 times as long as in 16 (benchmarks/choices.py; AMD EPYC, AVX-512, two threads). MANY_CHUNKS and LONG_CHUNK are
-# reasoned, not measured.
+# Chunks of a block: about CHUNK values each, a power of two of them, until there are SOME, LONG values each until there
+# are MANY. Of three, five or seven equal chunks, one of two threads has one more to do: (1024, 256) takes a fifth less
+# time in four than in three (Emerald Rapids). Every chunk has moments or sums of its own for each lane, whose merge is
+# one thread's work: moments of (65536, 64) in 64 chunks take 1.4 times as long as in 16 (Zen 5; all of this by
+# benchmarks/choices.py with two threads). MANY_CHUNKS and LONG_CHUNK are reasoned, not measured.
 SOME_CHUNKS = 16
 MANY_CHUNKS = 64
 LONG_CHUNK = 1 << 20
@@ -75,7 +76,7 @@ def geometry(view: View, threads: int, masked: bool = False, size: int = 0) -> n
         block = STREAMED_LANES
     block = min(lanes, max(block // view.inner, 1) * view.inner) if fold == 1 else lanes
     values = rows * block
-    chunks = min(values // CHUNK, max(SOME_CHUNKS, values // LONG_CHUNK), MANY_CHUNKS)
+    chunks = min(power_of_two(4 * values // (3 * CHUNK)), max(SOME_CHUNKS, values // LONG_CHUNK), MANY_CHUNKS)
     chunk = -(-rows // max(chunks, 1))
     spare = view.outer % fold * width
     sizes = (view.batch, view.outer, view.group, view.inner, view.period, view.width, view.run)
@@ -90,10 +91,10 @@ def power_of_two(most: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def fused(view: View, threads: int, masked: bool = False) -> bool:
-    """Whether whole blocks keep the threads busy."""
-    cut = Cut(*geometry(view, threads, masked))
-    return balanced(cut.batch * cut.blocks, threads)
+def fused(view: View, threads: int, masked: bool = False) -> int:
+    """Return how many threads should share whole blocks; 0 where their chunks keep more threads busy."""
+    cut = Cut(*(int(n) for n in geometry(view, threads, masked)))
+    return shares(cut.batch * cut.blocks, cut.chunks, threads)
 
 
 @helper

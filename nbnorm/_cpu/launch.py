@@ -67,9 +67,13 @@ def threads_for(work: int) -> int:
     return 1 if work < PARALLEL_MIN else team.size()
 
 
-def balanced(tasks: int, threads: int) -> bool:
-    """Whether equal tasks, dealt out evenly, leave the threads idle for at most a tenth of the time."""
-    return threads == 1 or tasks >= 0.9 * threads * -(-tasks // threads)
+def shares(tasks: int, chunks: int, threads: int) -> int:
+    """Return how many threads should share equal tasks, each whole; 0 where ``chunks`` of them keep more threads busy.
+
+    Dealt out evenly, whole tasks may leave the threads idle for a tenth of the time.
+    """
+    balanced = tasks >= 0.9 * threads * -(-tasks // threads)
+    return min(tasks, threads) if balanced or chunks == 1 else 0
 
 
 def flat(x: np.ndarray) -> np.ndarray:

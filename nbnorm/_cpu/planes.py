@@ -106,9 +106,7 @@ def input_grad_kernel(
     group = unpack(g).group
     terms = np.empty((group, 5))
     for k in prange(group):
-        slot_terms(
-            g, x, k, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, constant, terms
-        )
+        slot_terms(g, x, k, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, constant, terms)
     for task in prange(tasks(g)):
         slot, slots, chunk = neighbours(g, task)
         input_grad_chunk(

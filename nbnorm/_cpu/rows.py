@@ -22,7 +22,7 @@ from nbnorm._cpu.bands import (
 from nbnorm._cpu.halves import computing
 from nbnorm._cpu.launch import Twins, flat, line, threads_for
 from nbnorm._cpu.memory import row
-from nbnorm._cpu.spans import Cut, fused, geometry, span, unpack
+from nbnorm._cpu.spans import band_count, fused, geometry, span, unpack
 from nbnorm._cpu.tiles import entry, line_moments
 from nbnorm._math import merge
 from nbnorm._view import View
@@ -133,9 +133,12 @@ def backward(
     g = geometry(view, threads, False, 0 if dx is None else 3 * x.nbytes)
     own_weight = line(weight)
     arrays = (flat(x), flat(dy), None if dx is None else flat(dx), mean, rstd, own_weight)
-    sums = np.empty((Cut(*g).bands, 2, parameters), computing(x.dtype)) if with_parameters else None
-    if dx is not None and fused(view, threads):
-        backward_kernel(threads, g, *arrays, sums)
+    sums = (
+        np.empty((band_count(view, threads), 2, parameters), computing(x.dtype)) if with_parameters else None
+    )
+    team = fused(view, threads)
+    if dx is not None and team:
+        backward_kernel(team, g, *arrays, sums)
     else:
         sum_g = sum_g_x_hat = None
         if dx is not None:

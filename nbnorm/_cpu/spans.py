@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nbnorm._cpu.launch import balanced, inlined
+from nbnorm._cpu.launch import inlined, shares
 from nbnorm._cpu.streams import worthwhile
 from nbnorm._cpu.tiles import CHUNK
 from nbnorm._view import View
@@ -60,15 +60,24 @@ def geometry(view: View, threads: int, masked: bool = False, size: int = 0) -> n
     wanted = min(max(MIN_BANDS, samples // BAND), -(-rows * inner // BAND_SIZE))
     band = min(BAND, max(BACKWARD_STEP, -(-samples // max(wanted, 1))))
     step = FORWARD_STEP if inner <= SHORT_ROW else 1
-    bands, chunks = -(-samples // band), -(-inner // CHUNK)
+    chunks = -(-inner // CHUNK)
     ahead = step if inner <= FETCHED else 0
-    return np.array(Cut(rows, inner, period, band, bands, chunks, step, worthwhile(size, inner), ahead))
+    return np.array(
+        Cut(rows, inner, period, band, -(-samples // band), chunks, step, worthwhile(size, inner), ahead)
+    )
 
 
 @lru_cache(maxsize=4096)
-def fused(view: View, threads: int, masked: bool = False) -> bool:
-    """Whether whole bands keep the threads busy."""
-    return balanced(Cut(*geometry(view, threads)).bands, threads)
+def band_count(view: View, threads: int) -> int:
+    """Return the number of bands."""
+    return int(Cut(*geometry(view, threads)).bands)
+
+
+@lru_cache(maxsize=4096)
+def fused(view: View, threads: int, masked: bool = False) -> int:
+    """Return how many threads should share whole bands; 0 where chunks of their rows keep more threads busy."""
+    cut = Cut(*(int(n) for n in geometry(view, threads)))
+    return shares(cut.bands, cut.rows * cut.chunks, threads)
 
 
 @inlined
