@@ -101,7 +101,7 @@ def chunks() -> None:
     long = grid.Cut(*(int(n) for n in columns.geometry(view, 2)))
     mean, m2 = np.empty((2, 64))
     calls = {
-        n: partial(columns.moments_kernel, 2, in_chunks(long, n), x.reshape(-1), None, mean, m2)
+        n: partial(columns.passes_kernel, 2, in_chunks(long, n), x.reshape(-1), *[None] * 7, mean, m2, None)
         for n in (16, 8, 32, 64, 128)
     }
     show(f"chunks for the moments of {x.shape}", calls)

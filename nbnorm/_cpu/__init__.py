@@ -1,8 +1,8 @@
 """The CPU backend: verbs on a view and arrays that share its memory order.
 
-Every verb flattens its arrays, picks the traversal of the view and starts one fused kernel where whole
-slots keep the threads busy, else one kernel per pass; both give the same bits. Statistics and sums are
-float64 arrays with one entry per slot.
+Every verb flattens its arrays, picks the traversal of the view and starts one kernel: a fused one where whole slots
+keep the threads busy, else one that goes through chunks pass after pass; both give the same bits. Statistics and sums
+are float64 arrays with one entry per slot.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def moments(
     if view.size:
         threads = threads_for(view.size)
         g = walk.geometry(view, threads, mask is not None)
-        walk.moments_kernel(threads, g, flat(x), *_weights(view, mask), mean, m2)
+        options = (*_flat_epilogue(view, Epilogue()), *_weights(view, mask))
+        walk.passes_kernel(threads, g, flat(x), None, *options, None, mean, m2, None)
     return mean, m2
 
 
@@ -67,10 +68,10 @@ def apply(view: View, x: Array, y: Array, mean: Array | None, rstd: Array, epilo
     """Normalize x with given statistics into y."""
     if view.size:
         walk = _walk(view.traversal)
-        options = _flat_epilogue(view, epilogue)
+        options = (*_flat_epilogue(view, epilogue), *_weights(view, None))
         threads = threads_for(view.size)
         g = walk.geometry(view, threads, False, 2 * x.nbytes)
-        walk.apply_kernel(threads, g, flat(x), flat(y), mean, rstd, *options)
+        walk.passes_kernel(threads, g, flat(x), flat(y), *options, None, mean, None, rstd)
 
 
 def _flat_epilogue(view: View, epilogue: Epilogue) -> tuple[Any, ...]:
@@ -91,20 +92,15 @@ def forward(
     mask: Mask | None = None,
 ) -> tuple[Array | None, Array, Array]:
     """Normalize x with its own statistics into y; return mean (None if not centered), m2 and rstd."""
-    threads = threads_for(view.size)
-    walk = _walk(view.traversal)
-    masked = mask is not None
-    team = walk.fused(view, threads, masked) if view.size else 0
-    if not team:
-        mean, m2 = moments(view, x, centered, mask)
-        slot_rstd = rstd(m2, view.values if mask is None else mask.counts, eps)
-        apply(view, x, y, mean, slot_rstd, epilogue)
-        return mean, m2, slot_rstd
-    m2, slot_rstd = np.empty(view.slots), np.empty(view.slots)
-    mean = np.empty(view.slots) if centered else None
-    options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
-    g = walk.geometry(view, threads, masked, 2 * x.nbytes)
-    walk.forward_kernel(team, g, flat(x), flat(y), *options, eps, mean, m2, slot_rstd)
+    m2, slot_rstd = np.zeros(view.slots), np.zeros(view.slots)
+    mean = np.zeros(view.slots) if centered else None
+    if view.size:
+        walk, threads, masked = _walk(view.traversal), threads_for(view.size), mask is not None
+        options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
+        g = walk.geometry(view, threads, masked, 2 * x.nbytes)
+        team = walk.fused(view, threads, masked)
+        start = walk.forward_kernel if team else walk.passes_kernel
+        start(team or threads, g, flat(x), flat(y), *options, eps, mean, m2, slot_rstd)
     return mean, m2, slot_rstd
 
 

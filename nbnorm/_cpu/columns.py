@@ -27,39 +27,14 @@ from nbnorm._cpu.lane_moments import ROWS
 from nbnorm._cpu.launch import Twins
 
 __all__ = [
-    "apply_kernel",
     "backward_kernel",
     "forward_kernel",
     "fused",
     "geometry",
     "grad_sums_kernel",
     "input_grad_kernel",
-    "moments_kernel",
+    "passes_kernel",
 ]
-
-
-@Twins
-def moments_kernel(g, x, weights, mean, m2):
-    """One chunk of a block per task, then one block per task; reads x once."""
-    cut = unpack(g)
-    blocks, chunks = cut.batch * cut.blocks, cut.chunks
-    moments = np.empty((blocks, chunks, ROWS, cut.block))
-    for task in prange(blocks * chunks):
-        chunk_moments(g, x, weights, task // chunks, task % chunks, moments[task // chunks])
-    for index in prange(blocks):
-        block_moments(g, x, weights, index, moments[index], mean, m2)
-
-
-@Twins
-def apply_kernel(g, x, y, mean, rstd, weight, bias, residual, activation):
-    """One chunk of a block per task; reads x and writes y once."""
-    cut = unpack(g)
-    blocks, chunks = cut.batch * cut.blocks, cut.chunks
-    terms = scratch((blocks, 3, cut.block), x)
-    for index in prange(blocks):
-        spread_affine(g, index, mean, rstd, weight, bias, terms[index], 0)
-    for task in prange(blocks * chunks):
-        apply_chunk(g, x, y, residual, activation, task // chunks, task % chunks, terms[task // chunks])
 
 
 @Twins
@@ -76,6 +51,30 @@ def forward_kernel(g, x, y, weight, bias, residual, activation, weights, eps, me
         spread_affine(g, index, mean, rstd, weight, bias, terms, 0)
         for chunk in range(chunks):
             apply_chunk(g, x, y, residual, activation, index, chunk, terms)
+
+
+@Twins
+def passes_kernel(g, x, y, weight, bias, residual, activation, weights, eps, mean, m2, rstd):
+    """One chunk of a block per task, pass after pass: x is read for moments, if there is an m2, and for y.
+
+    Without eps there is no rstd of these moments; without moments, mean and rstd are given.
+    """
+    cut = unpack(g)
+    blocks, chunks = cut.batch * cut.blocks, cut.chunks
+    if m2 is not None:
+        moments = np.empty((blocks, chunks, ROWS, cut.block))
+        for task in prange(blocks * chunks):
+            chunk_moments(g, x, weights, task // chunks, task % chunks, moments[task // chunks])
+        for index in prange(blocks):
+            block_moments(g, x, weights, index, moments[index], mean, m2)
+            if eps is not None:
+                block_rstd(g, weights, index, m2, eps, rstd)
+    if y is not None:
+        terms = scratch((blocks, 3, cut.block), x)
+        for index in prange(blocks):
+            spread_affine(g, index, mean, rstd, weight, bias, terms[index], 0)
+        for task in prange(blocks * chunks):
+            apply_chunk(g, x, y, residual, activation, task // chunks, task % chunks, terms[task // chunks])
 
 
 @Twins

@@ -32,35 +32,14 @@ from nbnorm._cpu.slots import (
 from nbnorm._math import reciprocal_std
 
 __all__ = [
-    "apply_kernel",
     "backward_kernel",
     "forward_kernel",
     "fused",
     "geometry",
     "grad_sums_kernel",
     "input_grad_kernel",
-    "moments_kernel",
+    "passes_kernel",
 ]
-
-
-@Twins
-def moments_kernel(g, x, weights, mean, m2):
-    """One chunk of some slots per task, then the chunks of each slot in order; reads x once."""
-    cut = unpack(g)
-    moments = np.empty((cut.group * cut.chunks, 4))
-    for task in prange(tasks(g)):
-        slot, slots, chunk = neighbours(g, task)
-        chunk_moments(g, x, weights, slot, slots, chunk, moments)
-    for slot in range(cut.group):
-        _, mean[slot], m2[slot] = slot_moments(g, slot, moments)
-
-
-@Twins
-def apply_kernel(g, x, y, mean, rstd, weight, bias, residual, activation):
-    """One chunk of some slots per task; reads x and writes y once."""
-    for task in prange(tasks(g)):
-        slot, slots, chunk = neighbours(g, task)
-        apply_chunk(g, x, y, slot, slots, chunk, mean, rstd, weight, bias, residual, activation)
 
 
 @Twins
@@ -79,6 +58,28 @@ def forward_kernel(g, x, y, weight, bias, residual, activation, weights, eps, me
             rstd[slot] = reciprocal_std(m2[slot], n, eps)
         for chunk in range(chunks):
             apply_chunk(g, x, y, first, slots, chunk, mean, rstd, weight, bias, residual, activation)
+
+
+@Twins
+def passes_kernel(g, x, y, weight, bias, residual, activation, weights, eps, mean, m2, rstd):
+    """One chunk of some slots per task, pass after pass: x is read for moments, if there is an m2, and for y.
+
+    Without eps there is no rstd of these moments; without moments, mean and rstd are given.
+    """
+    cut = unpack(g)
+    if m2 is not None:
+        moments = np.empty((cut.group * cut.chunks, 4))
+        for task in prange(tasks(g)):
+            slot, slots, chunk = neighbours(g, task)
+            chunk_moments(g, x, weights, slot, slots, chunk, moments)
+        for slot in range(cut.group):
+            n, mean[slot], m2[slot] = slot_moments(g, slot, moments)
+            if eps is not None:
+                rstd[slot] = reciprocal_std(m2[slot], n, eps)
+    if y is not None:
+        for task in prange(tasks(g)):
+            slot, slots, chunk = neighbours(g, task)
+            apply_chunk(g, x, y, slot, slots, chunk, mean, rstd, weight, bias, residual, activation)
 
 
 @Twins

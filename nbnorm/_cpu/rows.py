@@ -24,12 +24,11 @@ from nbnorm._cpu.launch import Twins, flat, line, threads_for
 from nbnorm._cpu.memory import row
 from nbnorm._cpu.spans import band_count, fused, geometry, span, unpack
 from nbnorm._cpu.tiles import entry, line_moments
-from nbnorm._math import merge
+from nbnorm._math import merge, reciprocal_std
 from nbnorm._view import View
 
 __all__ = [
-    "apply_kernel", "backward", "forward_kernel", "fused", "geometry", "grad_sums_kernel", "input_grad_kernel",
-    "moments_kernel",
+    "backward", "forward_kernel", "fused", "geometry", "grad_sums_kernel", "input_grad_kernel", "passes_kernel",
 ]  # fmt: skip
 
 # Columns over which the sums of all bands are added before the next ones.
@@ -37,40 +36,40 @@ SUM_COLUMNS = 1024
 
 
 @Twins
-def moments_kernel(g, x, mean, m2):
-    """One chunk of a row per task, then the chunks of each row in order; reads x once."""
-    cut = unpack(g)
-    rows, chunks = cut.rows, cut.chunks
-    part_moments = np.empty((rows * chunks, 3))
-    for task in prange(rows * chunks):
-        first, size, _ = span(g, task // chunks, task % chunks)
-        own = part_moments[task]
-        own[0], own[1], own[2] = line_moments(row(x, first, size), None, mean is not None)
-    for r in prange(rows):
-        n, row_mean, row_m2 = part_moments[r * chunks]
-        for i in range(r * chunks + 1, (r + 1) * chunks):
-            own = part_moments[i]
-            n, row_mean, row_m2 = merge(n, row_mean, row_m2, own[0], own[1], own[2])
-        if mean is not None:
-            mean[r] = row_mean
-        m2[r] = row_m2
-
-
-@Twins
-def apply_kernel(g, x, y, mean, rstd, weight, bias):
-    """One chunk of a row per task; reads x and writes y once."""
-    cut = unpack(g)
-    chunks = cut.chunks
-    for task in prange(cut.rows * chunks):
-        r = task // chunks
-        apply_chunk(g, x, y, r, task % chunks, value_of(mean, r), rstd[r], weight, bias)
-
-
-@Twins
 def forward_kernel(g, x, y, weight, bias, eps, mean, m2, rstd):
     """One band per task: the moments of a row or two, then their normalization from cache."""
     for band in prange(unpack(g).bands):
         forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd)
+
+
+@Twins
+def passes_kernel(g, x, y, weight, bias, eps, mean, m2, rstd):
+    """One chunk of a row per task, pass after pass: x is read for moments, if there is an m2, and for y.
+
+    Without eps there is no rstd of these moments; without moments, mean and rstd are given.
+    """
+    cut = unpack(g)
+    rows, chunks = cut.rows, cut.chunks
+    if m2 is not None:
+        part_moments = np.empty((rows * chunks, 3))
+        for task in prange(rows * chunks):
+            first, size, _ = span(g, task // chunks, task % chunks)
+            own = part_moments[task]
+            own[0], own[1], own[2] = line_moments(row(x, first, size), None, mean is not None)
+        for r in prange(rows):
+            n, row_mean, row_m2 = part_moments[r * chunks]
+            for i in range(r * chunks + 1, (r + 1) * chunks):
+                own = part_moments[i]
+                n, row_mean, row_m2 = merge(n, row_mean, row_m2, own[0], own[1], own[2])
+            if mean is not None:
+                mean[r] = row_mean
+            m2[r] = row_m2
+            if eps is not None:
+                rstd[r] = reciprocal_std(row_m2, n, eps)
+    if y is not None:
+        for task in prange(rows * chunks):
+            r = task // chunks
+            apply_chunk(g, x, y, r, task % chunks, value_of(mean, r), rstd[r], weight, bias)
 
 
 @Twins
