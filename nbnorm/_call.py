@@ -33,7 +33,7 @@ class Call(NamedTuple):
     sample_axis: int
     eps: float
     out: Array | None
-    alone: bool  # whether out surely shares no memory with any input
+    apart: bool  # whether out surely shares no memory with the arrays above
 
 
 class Options(NamedTuple):
@@ -120,10 +120,10 @@ def _call(
         residual = _checks.array("residual", residual)
         _checks.shape("residual", residual, source.shape)
         _checks.dtype("residual", residual, source.dtype)
-    alone = _checks.apart(out, source, weight, bias, residual)
+    apart = _checks.apart(out, source, weight, bias, residual)
     if out is not None and not _checks.fitting(out, source):
         _checks.out("out", out, source.shape, source.dtype)
-    if not alone:
+    if not apart:
         _checks.disjoint_from_parameters("out", out, weight, bias)
         _checks.together(_TOGETHER, (source, weight, bias, residual, out))
     if weights is not None:
@@ -137,12 +137,12 @@ def _call(
         residual = _layout.arrange(residual, x)
     marker = None if activation is None else _activation.marker(*activation, double=source.itemsize == 8)
     epilogue = Epilogue(weight, bias, residual, marker)
-    return Call(operation, source, x, view, results, epilogue, with_residual, mask, samples, eps, out, alone)
+    return Call(operation, source, x, view, results, epilogue, with_residual, mask, samples, eps, out, apart)
 
 
 def keep_inputs(call: Call) -> None:
     """Refuse to write over what backward needs: x, and the residual below an activation."""
-    if call.out is not None and not call.alone:
+    if call.out is not None and not call.apart:
         _checks.disjoint("out", call.out, [("x", call.source)], ", which backward needs")
         if call.epilogue.activation is not None:
             residual = [("residual", call.epilogue.residual)]
@@ -179,8 +179,7 @@ def _room(call: Call) -> tuple[Array, Array]:
         target = _layout.empty_like(call.source)
         if call.order is None:
             return target, target
-    inputs = () if call.alone else (call.x, call.epilogue.residual)
-    return target, _layout.workspace(target, call.x, *inputs)
+    return target, _layout.workspace(target, call.x, call.x, call.epilogue.residual)
 
 
 def normalize(

@@ -34,7 +34,10 @@ def array(name: str, x: Any) -> Any:
     if type_name(x) == "torch.Tensor":
         raise TypeError(f"{name} is a torch.Tensor; expected a NumPy array, for example {name}.numpy()")
     listed = isinstance(x, (list, tuple))
-    value = np.asarray(x)
+    try:
+        value = np.asarray(x)
+    except ValueError:
+        raise ValueError(f"{name} must be an array of numbers, got {x!r:.80}") from None
     if listed and value.dtype.kind in "biu":
         value = value.astype(np.float64)
     if supported(value.dtype):

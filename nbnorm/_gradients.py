@@ -200,9 +200,9 @@ def _buffers(
         raise ValueError(
             f"out must be a tuple of {len(names)} arrays or None ({', '.join(names)}), got {out!r:.80}"
         )
-    apart = _checks.distinct(*out, saved.weight, saved.bias)
+    distinct = _checks.distinct(*out, saved.weight, saved.bias)
     for i, buffer in enumerate(out):
-        if buffer is None or (apart and wanted[i] and _checks.fitting(buffer, likes[i])):
+        if buffer is None or (distinct and wanted[i] and _checks.fitting(buffer, likes[i])):
             continue
         name, like = f"out[{i}]", likes[i]
         if not wanted[i] or like is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,11 +12,11 @@ from nbnorm._view import View
 from nbnorm.moments import Moments
 
 
-class Saved(NamedTuple):
+@dataclass(slots=True, eq=False, repr=False)
+class Saved:
     """Everything that backward needs of a forward call; pure, so backward may run twice.
 
-    It is a tuple because that is made in a sixth of a frozen dataclass's time, which a small call notices; two are
-    equal if they are the same.
+    Nothing writes to it. It is not frozen, because that takes five times as long to make, which a small call notices.
 
     Attributes
     ----------
@@ -112,15 +113,6 @@ class Saved(NamedTuple):
         counts = np.atleast_1d(self.count.get() if hasattr(self.count, "get") else self.count)
         ends = (counts.min(initial=np.inf), counts.max(initial=0.0)) if counts.size else (0.0, 0.0)
         return " to ".join(dict.fromkeys(f"{end:g}" for end in ends))
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __ne__(self, other: object) -> bool:
-        return self is not other
-
-    def __hash__(self) -> int:
-        return id(self)
 
     def __repr__(self) -> str:
         kind = "constant" if self.constant else "own"

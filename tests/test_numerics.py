@@ -143,6 +143,15 @@ def test_outlier_in_a_long_lane(dtype, rng):
     oracle.assert_within(variance, reference.per_slot("var"), oracle.var_tolerance(reference), "variance")
 
 
+@pytest.mark.parametrize("ratio", [1e3, 3e4, 5e4, 1e5])
+def test_offset_under_a_mask(ratio, rng):
+    """Rows of a mask enter their sums one by one: in float32 only a few at a time."""
+    x = (rng.standard_normal((2303, 64)) + ratio).astype(np.float32)
+    variance = nbnorm.batch_moments(x, mask=np.ones(len(x), bool)).var()
+    reference = oracle.batch_norm(x)
+    oracle.assert_within(variance, reference.per_slot("var"), oracle.var_tolerance(reference), "variance")
+
+
 @on_traversals
 @on_floats
 @pytest.mark.parametrize("distance", [1.0, 3.0, 3.7, 4.3, 10.0, 100.0])

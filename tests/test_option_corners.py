@@ -131,7 +131,9 @@ def test_inference_into_the_residual(x, residual):
         ({"ddof": np.array([0, 1])}, "ddof"),
         ({"momentum": 10**400}, "momentum"),
         ({"eps": 10**400}, "eps"),
-        ({"mask": [[1], [1, 2]]}, "mask"),
+        ({"mask": [[1], [1, 2]]}, "mask must be an array of numbers"),
+        ({"weight": [[1], [1, 2]]}, "weight must be an array of numbers"),
+        ({"residual": (np.ones(2), "saved")}, "residual must be an array of numbers"),
     ],
     ids=str,
 )

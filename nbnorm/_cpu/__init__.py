@@ -158,8 +158,8 @@ def input_grad(
     For norms whose every slot has parameters of its own.
     """
     if view.size:
-        both = _no_sums(view) if sums is None else np.stack(sums)[:, :, np.newaxis]
-        _input_grad(view, x, dy, dx, dresidual, mean, rstd, epilogue, both, count, mask, sums is None)
+        slot_sums = _no_sums(view) if sums is None else np.stack(sums)[:, :, np.newaxis]
+        _input_grad(view, x, dy, dx, dresidual, mean, rstd, epilogue, slot_sums, count, mask, sums is None)
 
 
 def _input_grad(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, mask, constant):

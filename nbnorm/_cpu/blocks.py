@@ -177,22 +177,16 @@ def block_grad_sums(g, index, mean, rstd, terms, lane_sums, sum_dz, sum_dz_x_hat
     if cut.run == 1:
         settle_rows(dz, dz_rest)
         settle_rows(dz_x_hat, dz_x_hat_rest)
-        for i in range(own.slots):
-            k = own.slot + i
-            for j in range(cut.width):
-                at = i * cut.inner + j
-                sum_dz[k, j] = dz[at]
-                sum_dz_x_hat[k, j] = recentered(dz_x_hat[at], dz[at], mean[k], terms[0, at], rstd[k])
-        return
+    else:  # the sums of a run go where it begins
+        for first in range(0, own.width, cut.run):
+            dz[first] = line_sum(row(dz, first, cut.run), row(dz_rest, first, cut.run))
+            dz_x_hat[first] = line_sum(row(dz_x_hat, first, cut.run), row(dz_x_hat_rest, first, cut.run))
     for i in range(own.slots):
-        slot = own.slot + i
-        mean_hi = terms[0, i * cut.inner]
+        k = own.slot + i
         for j in range(cut.width):
-            first = i * cut.inner + j * cut.run
-            a = line_sum(row(dz, first, cut.run), row(dz_rest, first, cut.run))
-            b = line_sum(row(dz_x_hat, first, cut.run), row(dz_x_hat_rest, first, cut.run))
-            sum_dz[slot, j] = a
-            sum_dz_x_hat[slot, j] = recentered(b, a, mean[slot], mean_hi, rstd[slot])
+            at = i * cut.inner + j * cut.run
+            sum_dz[k, j] = dz[at]
+            sum_dz_x_hat[k, j] = recentered(dz_x_hat[at], dz[at], mean[k], terms[0, at], rstd[k])
 
 
 @helper

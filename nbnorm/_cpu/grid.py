@@ -1,7 +1,7 @@
 """How an array is cut into blocks of lanes and chunks of rows.
 
 A lane has a fixed place in its row, so SIMD runs across lanes. Narrow rows are folded, ``fold`` of them
-side by side, until a row is worth vectorizing; wide ones are cut into blocks of whole slots. Lanes of one
+side by side, as long as that is worth merging their lanes; wide ones are cut into blocks of whole slots. Lanes of one
 slot, from folding or from ``inner`` > 1, are merged at the end.
 """
 
@@ -20,9 +20,9 @@ from nbnorm._view import View
 
 # Folding fills rows up to this many lanes (benchmarks/bench_batch_norm.py, Columns).
 WIDE = 768
-# Folding n rows puts at most sqrt(n) / FOLDING of them, a power of two, side by side: what it saves in the rows of a
-# block, merging its lanes must not cost (benchmarks/choices.py; Emerald Rapids, 32 to 2048 rows of 3 to 256 lanes:
-# within a tenth of the best number, where rows filled up to WIDE took up to 1.6 times as long).
+# Of n rows, folding puts as many side by side as the largest power of two up to sqrt(n) / FOLDING, if WIDE has room for
+# them: what it saves in the rows of a block, merging its lanes must not cost (benchmarks/choices.py; Emerald Rapids, 32
+# to 2048 rows of 3 to 256 lanes: within a tenth of the best number; rows filled up to WIDE took 1.6 times as long).
 FOLDING = 2
 # Lanes of a block whose rows all fit the second-level cache together, and of one whose rows do not.
 CACHED_LANES = 256

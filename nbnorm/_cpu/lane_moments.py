@@ -14,6 +14,8 @@ from nbnorm._cpu.memory import row
 from nbnorm._cpu.tiles import about_mean, add_rows, corrected, part, settle_rows, trusted
 from nbnorm._math import add, rounded, settled
 
+# Rows that are summed one by one, as those of a mask are, before float64 takes over.
+COUNTED_ROWS = TILE_ROWS // 8
 # Rows of lanes that the moments of a block need: mean and m2 are the first two, the others are scratch.
 ROWS = 6
 
@@ -149,7 +151,10 @@ def add_wide(total, a, w):
 
 @helper
 def add_central(total, squares, rest, mean, a, w):
-    """Add one row's deviations and their squares, ``w`` times, in float64; equal squares round the same way."""
+    """Add one row's deviations and their squares, ``w`` times, in float64.
+
+    Beside a wild value all squares are nearly equal, so that what rounding leaves out of their sum adds up.
+    """
     for i in range(total.shape[0]):
         d = np.float64(widen(a[i])) - mean[i]
         total[i] += w * d
@@ -209,8 +214,9 @@ def chunk_lane_moments(x, weights, first, stride, rows, sums, moments):
     # Until `conclude`, the rows of mean and m2 hold what rounding leaves out of the totals.
     fill(total, 0.0)
     fill(squares, 0.0)
-    for r in range(0, rows, TILE_ROWS):
-        tile_rows = min(TILE_ROWS, rows - r)
+    most = TILE_ROWS if weights is None else COUNTED_ROWS
+    for r in range(0, rows, most):
+        tile_rows = min(most, rows - r)
         own_weights = part(weights, r, tile_rows)
         shifted_lane_sums(
             x, own_weights, first + r * stride, stride, tile_rows, narrow_total, narrow_squares, shift

@@ -29,6 +29,7 @@ class Team:
         self._started = False
         self._shared = False  # whether callers at the same time may each have a team
         self._busy = threading.Lock()
+        # Numba's own function takes two locks first, which costs ten times as much; it starts the threads.
         self._count: Callable[[], int] = numba.get_num_threads
 
     def size(self) -> int:
@@ -64,7 +65,6 @@ class Team:
                     "Numba found neither TBB nor OpenMP and fell back to its workqueue layer, which serves one caller "
                     "at a time: of several Python threads that use nbnorm at once, one runs in parallel"
                 )
-            # What Numba's function asks once it has taken two locks, which costs ten times as much.
             self._count = getattr(parallel, "_get_num_threads", self._count)
 
 
