@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,8 @@ def forward_training(
     axis = _checks.axis("channel_axis", channel_axis, call.source.ndim)
     if call.view.size and _masks.single(call.mask, call.view):
         y, alone, update = _batch.forward_training(call, running_mean, running_var, settings)
-        return y, replace(alone, mean=np.asarray(alone.mean)[np.newaxis], rstd=alone.rstd[np.newaxis]), update
+        mean, rstd = np.asarray(alone.mean)[np.newaxis], alone.rstd[np.newaxis]
+        return y, alone._replace(mean=mean, rstd=rstd), update
     pair = _batch.running_pair(call, running_mean, running_var)
     y = _room(call)
     where = slices(call.source.shape, axis, size)
