@@ -1,7 +1,7 @@
 """Walk down columns: rows of lanes lie one after the other, and every lane belongs to one slot (`grid`).
 
-The fused kernels take a block per task with all of its rows; otherwise a task is a chunk of rows of a block, one
-kernel per pass.
+The fused kernels take a block per task with all of its rows; otherwise a task is a chunk of rows of a block, pass
+after pass.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Walk along rows: a slot is one row of neighbours, each of which has a parameter of its own.
 
 The fused kernels take a band of samples per task and finish each row, or a few, while they are in cache (forward: 1
-read + 1 write of the tensor, backward: 2 reads + 1 write). Few rows are split into chunks of columns, one kernel per
+read + 1 write of the tensor, backward: 2 reads + 1 write). Few rows are split into chunks of columns, pass after
 pass. The gradients of the parameters, which run across samples, are summed band by band and added in order.
 """
 
