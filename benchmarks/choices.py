@@ -98,7 +98,7 @@ def chunks() -> None:
     x = batch(Case("batch", (65536, 64))).x
     view = batch_view(x.shape, x.strides, x.itemsize, 1)
     assert view is not None
-    long = grid.Cut(*(int(n) for n in columns.geometry(view, 2)))
+    long = grid.Cut(*columns.geometry(view, 2).tolist())
     mean, m2 = np.empty((2, 64))
     calls = {
         n: partial(columns.passes_kernel, 2, in_chunks(long, n), x.reshape(-1), *[None] * 7, mean, m2, None)
@@ -110,7 +110,7 @@ def chunks() -> None:
             call, b = prepare(name, Case("batch", shape))
             view = batch_view(b.x.shape, b.x.strides, b.x.itemsize, 1)
             assert view is not None
-            chosen = grid.Cut(*(int(n) for n in columns.geometry(view, 2)))
+            chosen = grid.Cut(*columns.geometry(view, 2).tolist())
             numbers = sorted({2, 3, 4, 7, 8, 16}, key=lambda n: n != chosen.chunks)
             ways = {n: with_cut(columns, in_chunks(chosen, n), call) for n in numbers}
             show(f"chunks, {name} {shape}, chosen {chosen.chunks}", ways)
@@ -130,7 +130,7 @@ def folded() -> None:
             "backward": prepare("backward", Case("batch", shape)),
         }
         view = calls["backward"][0].args[1].view
-        chosen = grid.Cut(*(int(n) for n in columns.geometry(view, 1)))
+        chosen = grid.Cut(*columns.geometry(view, 1).tolist())
         for name, (call, _) in calls.items():
             ways = {}
             for fold in sorted({1, 2, 4, 8, 16, 32, 64, chosen.fold}, key=lambda fold: fold != chosen.fold):
@@ -152,7 +152,7 @@ def together() -> None:
         backward, b = prepare("backward", case)
         view = backward.args[1].view
         for name, call in (("forward", forward), ("backward", backward)):
-            chosen = cut.Cut(*(int(n) for n in planes.geometry(view, 2, False, moved(name, b))))
+            chosen = cut.Cut(*planes.geometry(view, 2, False, moved(name, b)).tolist())
             calls: dict[Any, Callable[[], object]] = {
                 slots: with_cut(planes, chosen._replace(slots=slots), call)
                 for slots in sorted({1, 2, 4, 8, 16, 32, chosen.slots})
@@ -168,7 +168,7 @@ def rows_together() -> None:
         b = batch(Case("layer", shape))
         view = trailing_view(b.x.shape, b.x.strides, b.x.itemsize, 1)
         assert view is not None
-        chosen = spans.Cut(*(int(n) for n in rows.geometry(view, 2)))
+        chosen = spans.Cut(*rows.geometry(view, 2).tolist())
         y, _ = nbnorm.layer_norm_forward(b.x, *b.parameters)
         forward = partial(nbnorm.layer_norm_forward, b.x, *b.parameters, out=y)
         show(
@@ -184,7 +184,7 @@ def fetched() -> None:
             call, b = prepare("forward", Case("layer", shape, dtype=dtype))
             view = trailing_view(b.x.shape, b.x.strides, b.x.itemsize, 1)
             assert view is not None
-            chosen = spans.Cut(*(int(n) for n in rows.geometry(view, 2, False, moved("forward", b))))
+            chosen = spans.Cut(*rows.geometry(view, 2, False, moved("forward", b)).tolist())
             ways = {n: with_cut(rows, chosen._replace(ahead=n), call) for n in (0, chosen.step)}
             show(f"rows in advance, {shape} {dtype}, chosen {chosen.ahead}", ways)
 
@@ -196,13 +196,13 @@ def streamed() -> None:
         calls = {"forward": prepare("forward", case), "backward": prepare("backward", case)}
         view = calls["backward"][0].args[1].view
         for name, (call, b) in calls.items():
-            plain, past = (kind(*(int(n) for n in walk.geometry(view, 2, False, s))) for s in (0, 1 << 60))
+            plain, past = (kind(*walk.geometry(view, 2, False, s).tolist()) for s in (0, 1 << 60))
             past = past._replace(streamed=1)
             ways: dict[Any, Callable[[], object]] = {
                 "plain": with_cut(walk, plain, call), "streamed": with_cut(walk, past, call)
             }  # fmt: skip
             ways["copy"] = lambda b=b: np.copyto(b.out, b.dy)
-            chosen = kind(*(int(n) for n in walk.geometry(view, 2, False, moved(name, b)))).streamed
+            chosen = kind(*walk.geometry(view, 2, False, moved(name, b)).tolist()).streamed
             show(f"streams, {name} of {case}, chosen {'streamed' if chosen else 'plain'}", ways)
 
 

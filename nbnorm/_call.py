@@ -33,7 +33,6 @@ class Call(NamedTuple):
     sample_axis: int
     eps: float
     out: Array | None
-    apart: bool  # whether out surely shares no memory with the arrays above
 
 
 class Options(NamedTuple):
@@ -137,12 +136,12 @@ def _call(
         residual = _layout.arrange(residual, x)
     marker = None if activation is None else _activation.marker(*activation, double=source.itemsize == 8)
     epilogue = Epilogue(weight, bias, residual, marker)
-    return Call(operation, source, x, view, results, epilogue, with_residual, mask, samples, eps, out, apart)
+    return Call(operation, source, x, view, results, epilogue, with_residual, mask, samples, eps, out)
 
 
 def keep_inputs(call: Call) -> None:
     """Refuse to write over what backward needs: x, and the residual below an activation."""
-    if call.out is not None and not call.apart:
+    if call.out is not None:
         _checks.disjoint("out", call.out, [("x", call.source)], ", which backward needs")
         if call.epilogue.activation is not None:
             residual = [("residual", call.epilogue.residual)]

@@ -82,63 +82,47 @@ class InnerCode(PartCode):
         return found
 
 
-class WideCodegen:
-    """Numba's generator of code, but what it makes is `WideCode`."""
+class Codegen:
+    """Numba's generator of code, but what it makes is code of ours."""
 
-    code: type[WideCode] = WideCode
-
-    def __init__(self, codegen: Any) -> None:
-        self._own = codegen
+    def __init__(self, codegen: Any, code: type[WideCode]) -> None:
+        self._own, self._code = codegen, code
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._own, name)
 
     def create_library(self, name: str) -> WideCode:
         """Make room for the code of a function."""
-        return self.code(self, name)
-
-
-class PartCodegen(WideCodegen):
-    """Numba's generator of code, but what it makes does not run by itself."""
+        return self._code(self, name)
 
     def set_env(self, name: str, env: Any) -> None:
-        """Do nothing: an environment is for code that Python calls."""
-
-
-class LoopCodegen(PartCodegen):
-    """Numba's generator of code, but what it makes is `LoopCode`."""
-
-    code = LoopCode
-
-
-class InnerCodegen(PartCodegen):
-    """Numba's generator of code, but what it makes is `InnerCode`."""
-
-    code = InnerCode
+        """Set the environment of code that Python calls; a part has none."""
+        if not issubclass(self._code, PartCode):
+            self._own.set_env(name, env)
 
 
 class Wide(Compiler):
     """Numba's compiler for what Python calls."""
 
-    codegen: type[WideCodegen] = WideCodegen
+    code: type[WideCode] = WideCode
 
     def define_pipelines(self) -> Any:
         """Return Numba's own pipelines, after a change of the context, of which each compilation has its own copy."""
         context: Any = self.state.targetctx
-        context._internal_codegen = self.codegen(context.codegen())
+        context._internal_codegen = Codegen(context.codegen(), self.code)
         return super().define_pipelines()  # type: ignore[no-untyped-call]
 
 
 class Loop(Wide):
     """Numba's compiler for loops that kernels take in."""
 
-    codegen = LoopCodegen
+    code = LoopCode
 
 
 class Inner(Wide):
     """Numba's compiler for all else that kernels call."""
 
-    codegen = InnerCodegen
+    code = InnerCode
 
 
 class Outer(Inner):
@@ -147,6 +131,8 @@ class Outer(Inner):
     def define_pipelines(self) -> Any:
         """Return Numba's own pipelines; the kernel itself is what Numba makes of it."""
         state: Any = self.state
-        state.library = WideCodegen(state.targetctx.codegen()).create_library(state.func_id.func_qualname)
+        state.library = Codegen(state.targetctx.codegen(), WideCode).create_library(
+            state.func_id.func_qualname
+        )
         state.library.enable_object_caching()
         return super().define_pipelines()

@@ -36,9 +36,7 @@ Order = Callable[[], Sequence[int]]
 Planner = Callable[[tuple[int, ...], tuple[int, ...], int], View | None]
 
 
-def plan(
-    x: np.ndarray, planner: Planner, fallback: Order = tuple
-) -> tuple[np.ndarray, View, tuple[int, ...] | None]:
+def plan(x: np.ndarray, planner: Planner, fallback: Order) -> tuple[np.ndarray, View, tuple[int, ...] | None]:
     """Return x, packed once if its memory has no view, the view, and the order of results if packing changed it.
 
     An array with gaps is packed in its own order of axes, one in an order without a view in the order

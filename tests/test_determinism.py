@@ -14,7 +14,10 @@ import pytest
 import nbnorm
 import oracle
 from cases import TRAVERSALS, Case, arrange
-from nbnorm._cpu import cut
+from nbnorm._cpu import cut, grid
+from nbnorm._cpu.launch import shares
+from nbnorm._cpu.tiles import CHUNK
+from nbnorm._view import batch_view
 
 # Beside the traversals: work that does not divide among two or four threads, enough of it to be shared out.
 SHARED_OUT = [
@@ -161,6 +164,23 @@ def test_one_call_and_two_phases(case, dtype, rng):
     twice = [y, *gradients, saved.mean, saved.rstd, *running[1]]
     for one, two in zip(once, twice, strict=True):
         oracle.assert_same_bits(two, one)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "chunks", "threads", "expected"),
+    [(1, 1, 8, 1), (3, 1, 2, 2), (1, 4, 2, 0), (3, 2, 2, 0), (19, 2, 2, 2), (7, 3, 1, 1)],
+)
+def test_threads_share_whole_tasks_or_chunks(tasks, chunks, threads, expected):
+    """Few or uneven tasks are shared chunk by chunk, but not where a chunk is all of a task."""
+    assert shares(tasks, chunks, threads) == expected
+
+
+@pytest.mark.parametrize("rows", [100, 1024, 1500, 2048, 3000, 5000])
+def test_chunks_of_columns_are_equal_shares(rows):
+    """A power of two of them, each of about as many values."""
+    found = grid.Cut(*grid.geometry(batch_view((rows, 256), (1024, 4), 4, 1), 2).tolist())
+    assert found.chunks in (1, 2, 4, 8, 16)
+    assert found.chunks == 1 or 0.7 * CHUNK < found.chunk * found.block < 1.5 * CHUNK
 
 
 @pytest.mark.parametrize("inner", [7 * 13, 5000], ids=["short", "long"])

@@ -11,13 +11,8 @@ import numpy as np
 from nbnorm._cpu.grid import locate, row_lanes, rows_end, unpack
 from nbnorm._cpu.halves import scratch
 from nbnorm._cpu.lane_grads import chunk_lane_grad_sums, line_sum
-from nbnorm._cpu.lane_moments import (
-    chunk_lane_moments,
-    merge_chunks,
-    merge_folds,
-    slot_moments,
-    total_weight,
-)
+from nbnorm._cpu.lane_merges import merge_chunks, merge_folds, slot_moments
+from nbnorm._cpu.lane_moments import chunk_lane_moments, total_weight
 from nbnorm._cpu.lanes import apply_row, copy_row, fill, input_grad_row, row_weight
 from nbnorm._cpu.launch import helper, inlined, loop
 from nbnorm._cpu.memory import borrowed, row

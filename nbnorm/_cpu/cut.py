@@ -67,7 +67,7 @@ def together(view: View, threads: int, streamed: bool = False) -> int:
 @lru_cache(maxsize=4096)
 def fused(view: View, threads: int, masked: bool = False) -> int:
     """Return how many threads should share whole slots; 0 where their chunks keep more threads busy."""
-    cut = Cut(*(int(n) for n in geometry(view, threads)))
+    cut = Cut(*geometry(view, threads).tolist())
     return shares(-(-cut.group // cut.slots), cut.chunks, threads)
 
 

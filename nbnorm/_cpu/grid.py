@@ -22,16 +22,16 @@ from nbnorm._view import View
 WIDE = 768
 # Of n rows, folding puts as many side by side as the largest power of two up to sqrt(n) / FOLDING, if WIDE has room for
 # them: what it saves in the rows of a block, merging its lanes must not cost (benchmarks/choices.py; Emerald Rapids, 32
-# to 2048 rows of 3 to 256 lanes: within a tenth of the best number; rows filled up to WIDE took 1.6 times as long).
+# to 2048 rows of 3 to 256 lanes: within a tenth of the best number).
 FOLDING = 2
 # Lanes of a block whose rows all fit the second-level cache together, and of one whose rows do not.
 CACHED_LANES = 256
 STREAMED_LANES = 2048
 # Chunks of a block: about CHUNK values each, a power of two of them, until there are SOME, LONG values each until there
-# are MANY. Of three, five or seven equal chunks, one of two threads has one more to do: (1024, 256) takes a fifth less
-# time in four than in three (Emerald Rapids). Every chunk has moments or sums of its own for each lane, whose merge is
-# one thread's work: moments of (65536, 64) in 64 chunks take 1.4 times as long as in 16 (Zen 5; all of this by
-# benchmarks/choices.py with two threads). MANY_CHUNKS and LONG_CHUNK are reasoned, not measured.
+# are MANY. Of three, five or seven equal chunks, one of two threads has one more to do: (2048, 256) takes a tenth less
+# time in eight than in seven (Emerald Rapids). Every chunk has moments or sums of its own for each lane, whose merge is
+# one thread's work: moments of (65536, 64) in 64 chunks take 1.3 to 1.4 times as long as in 16 (AMD EPYC with AVX-512,
+# Emerald Rapids; all of this by benchmarks/choices.py). MANY_CHUNKS and LONG_CHUNK are reasoned, not measured.
 SOME_CHUNKS = 16
 MANY_CHUNKS = 64
 LONG_CHUNK = 1 << 20
@@ -93,7 +93,7 @@ def power_of_two(most: int) -> int:
 @lru_cache(maxsize=4096)
 def fused(view: View, threads: int, masked: bool = False) -> int:
     """Return how many threads should share whole blocks; 0 where their chunks keep more threads busy."""
-    cut = Cut(*(int(n) for n in geometry(view, threads, masked)))
+    cut = Cut(*geometry(view, threads, masked).tolist())
     return shares(cut.batch * cut.blocks, cut.chunks, threads)
 
 

@@ -70,13 +70,13 @@ def geometry(view: View, threads: int, masked: bool = False, size: int = 0) -> n
 @lru_cache(maxsize=4096)
 def band_count(view: View, threads: int) -> int:
     """Return the number of bands."""
-    return int(Cut(*geometry(view, threads)).bands)
+    return Cut(*geometry(view, threads).tolist()).bands
 
 
 @lru_cache(maxsize=4096)
 def fused(view: View, threads: int, masked: bool = False) -> int:
     """Return how many threads should share whole bands; 0 where chunks of their rows keep more threads busy."""
-    cut = Cut(*(int(n) for n in geometry(view, threads)))
+    cut = Cut(*geometry(view, threads).tolist())
     return shares(cut.bands, cut.rows * cut.chunks, threads)
 
 

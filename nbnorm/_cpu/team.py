@@ -29,7 +29,7 @@ class Team:
         self._started = False
         self._shared = False  # whether callers at the same time may each have a team
         self._busy = threading.Lock()
-        # Numba's own function takes two locks first, which costs ten times as much; it starts the threads.
+        # Numba's own function, which starts the threads; it takes two locks, and once they run is not called again.
         self._count: Callable[[], int] = numba.get_num_threads
 
     def size(self) -> int:
