@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
 with suppress(ImportError):  # asv reads every file of this folder, with versions that lack them
-    import nbnorm
     from nbnorm._cpu import columns, cut, grid, planes, rows, spans
     from nbnorm._view import batch_view, trailing_view
 
@@ -67,6 +67,18 @@ STREAMS = (
         for shape in [(2048, 1024), (4096, 1024), (8192, 1024), (32768, 1024), (128, 50257)]
     ),
     *(Case("layer", shape) for shape in [(32768, 512), (32768, 640), (32768, 768), (32768, 896)]),
+    *(
+        Case(norm, shape, last, dtype=dtype)
+        for norm, shape, last in [
+            ("batch", (64, 256, 40, 40), False),
+            ("batch", (64, 64, 80, 80), False),
+            ("batch", (64, 512, 56, 56), True),
+            ("batch", (64, 2048, 14, 14), True),
+            ("layer", (32768, 1024), False),
+            ("layer", (16384, 2048), False),
+        ]
+        for dtype in ("float16", "bfloat16")
+    ),
 )
 
 
@@ -163,18 +175,18 @@ def together() -> None:
 
 
 def rows_together() -> None:
-    """Layer norm forward with one, two, four and eight rows together, short and long ones."""
-    for shape in ((65536, 96), (16384, 256), (8192, 512), (4096, 1024), (2048, 2048), (1024, 4096)):
-        b = batch(Case("layer", shape))
-        view = trailing_view(b.x.shape, b.x.strides, b.x.itemsize, 1)
-        assert view is not None
-        chosen = spans.Cut(*rows.geometry(view, 2).tolist())
-        y, _ = nbnorm.layer_norm_forward(b.x, *b.parameters)
-        forward = partial(nbnorm.layer_norm_forward, b.x, *b.parameters, out=y)
-        show(
-            f"rows together, {shape}",
-            {n: with_cut(rows, chosen._replace(step=n), forward) for n in (1, 2, 4, 8)},
-        )
+    """Layer norm of which more and more rows are taken together, pass after pass; in cache and past it."""
+    for width, size in product((32, 96, 128, 256, 384, 512, 768, 1024, 2048), (1 << 17, 1 << 23)):
+        case = Case("layer", (size // width, width))
+        for name, field in (("forward", "step"), ("backward", "together")):
+            call, b = prepare(name, case)
+            view = trailing_view(b.x.shape, b.x.strides, b.x.itemsize, 1)
+            assert view is not None
+            chosen = spans.Cut(*rows.geometry(view, 2, False, moved(name, b)).tolist())
+            own = getattr(chosen, field)
+            numbers = sorted({1, 2, 4, 8} if name == "forward" else {4, 8}, key=lambda n: n != own)
+            ways = {n: with_cut(rows, chosen._replace(**{field: n}), call) for n in numbers}
+            show(f"rows together, {name} {case.shape}, chosen {own}", ways)
 
 
 def fetched() -> None:
@@ -184,7 +196,7 @@ def fetched() -> None:
             call, b = prepare("forward", Case("layer", shape, dtype=dtype))
             view = trailing_view(b.x.shape, b.x.strides, b.x.itemsize, 1)
             assert view is not None
-            chosen = spans.Cut(*rows.geometry(view, 2, False, moved("forward", b)).tolist())
+            chosen = spans.Cut(*rows.geometry(view, 2, False, moved("forward", b), b.x.itemsize < 4).tolist())
             ways = {n: with_cut(rows, chosen._replace(ahead=n), call) for n in (0, chosen.step)}
             show(f"rows in advance, {shape} {dtype}, chosen {chosen.ahead}", ways)
 
@@ -202,8 +214,8 @@ def streamed() -> None:
                 "plain": with_cut(walk, plain, call), "streamed": with_cut(walk, past, call)
             }  # fmt: skip
             ways["copy"] = lambda b=b: np.copyto(b.out, b.dy)
-            chosen = kind(*walk.geometry(view, 2, False, moved(name, b)).tolist()).streamed
-            show(f"streams, {name} of {case}, chosen {'streamed' if chosen else 'plain'}", ways)
+            chosen = kind(*walk.geometry(view, 2, False, moved(name, b), b.x.itemsize < 4).tolist()).streamed
+            show(f"streams, {name} of {case} {case.dtype}, chosen {'streamed' if chosen else 'plain'}", ways)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,10 @@ def set_last_level(monkeypatch, size):
 @pytest.fixture
 def everything_is_streamed(monkeypatch):
     set_last_level(monkeypatch, 0)
-    assert streams.worthwhile(1, min(PLANES[2] * PLANES[3], ROWS[1]))
-    assert streams.worthwhile_in_columns(1, FEATURES[1])
+    monkeypatch.setattr(streams, "SHORTEST_HALVES", streams.SHORTEST_LANES)
+    for halves in (False, True):
+        assert streams.worthwhile(1, min(PLANES[2] * PLANES[3], ROWS[1]), halves)
+        assert streams.worthwhile_in_columns(1, FEATURES[1], halves)
     yield
     set_last_level(monkeypatch, ENDLESS)
 
@@ -123,19 +125,20 @@ def test_a_gradient_may_be_streamed_into_dy():
 def test_what_is_streamed_follows_from_size_and_neighbours():
     size = streams.last_level()
     assert size >= 1 << 18
-    assert streams.worthwhile(size + 1, streams.SHORTEST)
-    assert not streams.worthwhile(size, streams.SHORTEST)
-    assert not streams.worthwhile(size + 1, streams.SHORTEST - 1)
+    for halves, shortest in ((False, streams.SHORTEST), (True, streams.SHORTEST_HALVES)):
+        assert streams.worthwhile(size + 1, shortest, halves)
+        assert not streams.worthwhile(size, shortest, halves)
+        assert not streams.worthwhile(size + 1, shortest - 1, halves)
 
 
-def test_columns_are_streamed_where_many_cores_share_the_last_level(monkeypatch):
-    size, lanes = streams.MOST, streams.SHORTEST_LANES
-    monkeypatch.setattr(streams, "told", lambda: size)
-    assert not streams.worthwhile_in_columns(size + 1, lanes)
-    monkeypatch.setattr(streams, "told", lambda: 8 * size)
-    assert streams.worthwhile_in_columns(size + 1, lanes)
-    assert not streams.worthwhile_in_columns(size, lanes)
-    assert not streams.worthwhile_in_columns(size + 1, lanes - 1)
+@pytest.mark.parametrize("told", [streams.MOST, 8 * streams.MOST])
+def test_columns_are_streamed_later_where_the_last_level_is_near(told, monkeypatch):
+    size, lanes = streams.MOST if told > streams.MOST else 2 * streams.MOST, streams.SHORTEST_LANES
+    monkeypatch.setattr(streams, "told", lambda: told)
+    assert streams.worthwhile_in_columns(size + 2, lanes, False)
+    assert not streams.worthwhile_in_columns(size, lanes, False)
+    assert not streams.worthwhile_in_columns(size + 2, lanes - 1, False)
+    assert not streams.worthwhile_in_columns(size + 2, lanes, True)
 
 
 @pytest.mark.parametrize(

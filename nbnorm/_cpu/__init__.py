@@ -70,7 +70,7 @@ def apply(view: View, x: Array, y: Array, mean: Array | None, rstd: Array, epilo
         walk = _walk(view.traversal)
         options = (*_flat_epilogue(view, epilogue), *_weights(view, None))
         threads = threads_for(view.size)
-        g = walk.geometry(view, threads, False, 2 * x.nbytes)
+        g = walk.geometry(view, threads, False, 2 * x.nbytes, x.itemsize < 4)
         walk.passes_kernel(threads, g, flat(x), flat(y), *options, None, mean, None, rstd)
 
 
@@ -97,7 +97,7 @@ def forward(
     if view.size:
         walk, threads, masked = _walk(view.traversal), threads_for(view.size), mask is not None
         options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
-        g = walk.geometry(view, threads, masked, 2 * x.nbytes)
+        g = walk.geometry(view, threads, masked, 2 * x.nbytes, x.itemsize < 4)
         team = walk.fused(view, threads, masked)
         start = walk.forward_kernel if team else walk.passes_kernel
         start(team or threads, g, flat(x), flat(y), *options, eps, mean, m2, slot_rstd)
@@ -167,7 +167,7 @@ def _input_grad(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, m
     arrays = (flat(x), flat(dy), flat(dx), optional(dresidual), mean, rstd)
     options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
     threads = threads_for(view.size)
-    g = walk.geometry(view, threads, mask is not None, 3 * x.nbytes)
+    g = walk.geometry(view, threads, mask is not None, 3 * x.nbytes, x.itemsize < 4)
     walk.input_grad_kernel(threads, g, *arrays, *options, *sums, *_counts(count), constant)
 
 
@@ -200,7 +200,7 @@ def backward(
         sums = _no_sums(view)
         arrays = (flat(x), flat(dy), flat(dx), optional(dresidual), mean, rstd)
         options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
-        g = walk.geometry(view, threads, mask is not None, 3 * x.nbytes)
+        g = walk.geometry(view, threads, mask is not None, 3 * x.nbytes, x.itemsize < 4)
         walk.backward_kernel(team, g, *arrays, *options, *sums, *_counts(count))
     return _by_parameter(view, sums)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from nbnorm._cpu.halves import scratch
+from nbnorm._cpu.lane_moments import conclude
 from nbnorm._cpu.lanes import fill
 from nbnorm._cpu.launch import helper, inlined
 from nbnorm._cpu.lines import (
@@ -15,17 +16,19 @@ from nbnorm._cpu.lines import (
     parameter_grad_line,
 )
 from nbnorm._cpu.memory import LINE, borrowed, fetch, row
-from nbnorm._cpu.spans import BACKWARD_STEP, samples_of, span, unpack
+from nbnorm._cpu.spans import FOUR, ROWS, samples_of, span, unpack
 from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
 from nbnorm._cpu.tiles import (
     add_rows,
     line_moments,
+    nearby,
     part,
     piece,
     piece_grad_sums,
     settle_rows,
+    sums_about,
 )
-from nbnorm._math import affine, gradient_terms, merge, recentered, reciprocal_std
+from nbnorm._math import affine, gradient_terms, merge, recentered, reciprocal_std, rounded
 
 
 @inlined
@@ -48,6 +51,30 @@ def row_moments(g, x, r, mean, m2):
     m2[r] = row_m2
     if mean is not None:
         mean[r] = row_mean
+
+
+@helper
+def short_row_moments(g, x, first, rows, shift, sums, mean, m2):
+    """Moments of rows of a tile each: the same as `row_moments`, but concluded side by side."""
+    n = unpack(g).inner
+    for k in range(rows):
+        own = row(x, (first + k) * n, n)
+        shift[k] = rounded(0.0, x) if mean is None else nearby(own)
+        _, total, squares = sums_about(own, None, shift[k])
+        sums[0, k], sums[1, k] = 0.0 if mean is None else total, squares
+    own_mean, own_m2 = row(sums[2], 0, rows) if mean is None else row(mean, first, rows), row(m2, first, rows)
+    total, squares = row(sums[0], 0, rows), row(sums[1], 0, rows)
+    if conclude(total, squares, row(shift, 0, rows), np.float64(n), own_mean, own_m2) > 0:
+        for r in range(first, first + rows):
+            if m2[r] < 0.0:
+                row_moments(g, x, r, mean, m2)
+
+
+@helper
+def reciprocal_stds(m2, n, eps, rstd):
+    """`reciprocal_std` of neighbours with as many values each."""
+    for i in range(m2.shape[0]):
+        rstd[i] = reciprocal_std(m2[i], n, eps)
 
 
 @helper
@@ -91,12 +118,16 @@ def forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd):
     cut = unpack(g)
     x, y = borrowed(x), borrowed(y)
     start, end = samples_of(g, band)
-    n = np.float64(cut.inner)
+    shift, sums = scratch(cut.step, x), np.empty((3, cut.step))
     for first in range(start * cut.period, end * cut.period, cut.step):
         last = min(first + cut.step, end * cut.period)
-        for r in range(first, last):
-            row_moments(g, x, r, mean, m2)
-            rstd[r] = reciprocal_std(m2[r], n, eps)
+        if cut.step > 1:
+            short_row_moments(g, x, first, last - first, shift, sums, mean, m2)
+        else:
+            row_moments(g, x, first, mean, m2)
+        reciprocal_stds(
+            row(m2, first, last - first), np.float64(cut.inner), eps, row(rstd, first, last - first)
+        )
         fetch_rows(g, x, last, last + cut.ahead)
         for r in range(first, last):
             for chunk in range(cut.chunks):
@@ -106,7 +137,7 @@ def forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd):
 
 @inlined
 def chunk_grad_sums(g, x, dy, r, chunk, mean, rstd, weight):
-    """Sums of g and of g * x_hat over one chunk of a row."""
+    """Sums of g and of g * x_hat over one chunk of a row, x_hat relative to the rounded mean."""
     first, n, p = span(g, r, chunk)
     mean_hi, scale, _ = affine(mean, rstd, 1.0, 0.0, x)
     sum_g = sum_g_x_hat = 0.0
@@ -117,7 +148,7 @@ def chunk_grad_sums(g, x, dy, r, chunk, mean, rstd, weight):
         )
         sum_g += a
         sum_g_x_hat += b
-    return sum_g, recentered(sum_g_x_hat, sum_g, mean, mean_hi, rstd)
+    return sum_g, sum_g_x_hat
 
 
 @inlined
@@ -125,19 +156,26 @@ def row_grad_sums(g, x, dy, r, mean, rstd, weight):
     """Sums of g and of g * x_hat over a row."""
     a = b = 0.0
     for chunk in range(unpack(g).chunks):
-        part_a, part_b = chunk_grad_sums(g, x, dy, r, chunk, value_of(mean, r), rstd[r], weight)
+        part_a, part_b = chunk_grad_sums(g, x, dy, r, chunk, mean, rstd, weight)
         a += part_a
         b += part_b
     return a, b
 
 
-@inlined
-def fill_terms(terms, mean, rstd, sum_g, sum_g_x_hat, n, centered, x):
-    """Coefficients of a row: mean, scale and rest of `normalize`, then slope, offset and gain of `input_gradient`."""
-    terms[0], terms[1], terms[2] = affine(mean, rstd, 1.0, 0.0, x)
-    terms[3], terms[4], terms[5] = gradient_terms(
-        mean, rstd, sum_g, sum_g_x_hat, n, centered, False, False, x
-    )
+@helper
+def fill_terms(terms, statistics, rows, n, centered):
+    """Coefficients of rows: mean, scale and rest of `normalize`, then slope, offset and gain of `input_gradient`.
+
+    ``statistics`` are the rows' mean, rstd, sum of g and sum of g * x_hat. Both have room for `ROWS` rows of each: at
+    distances that the compiler knows, so that all rows are computed side by side.
+    """
+    for k in range(rows):
+        mean, rstd, sum_g = statistics[k], statistics[ROWS + k], statistics[2 * ROWS + k]
+        mean_hi, scale, rest = affine(mean, rstd, 1.0, 0.0, terms)
+        sum_g_x_hat = recentered(statistics[3 * ROWS + k], sum_g, mean, mean_hi, rstd)
+        slope, offset, gain = gradient_terms(mean, rstd, sum_g, sum_g_x_hat, n, centered, False, False, terms)
+        terms[k], terms[ROWS + k], terms[2 * ROWS + k] = mean_hi, scale, rest
+        terms[3 * ROWS + k], terms[4 * ROWS + k], terms[5 * ROWS + k] = slope, offset, gain
 
 
 @inlined
@@ -145,18 +183,20 @@ def parameter_grads(g, x, dy, first, rows, chunk, terms, sums):
     """Add what one chunk of a few rows, each a sample behind the other, contributes to the parameters' gradients."""
     cut = unpack(g)
     stride = cut.period * cut.inner
-    i, n, p = span(g, first, chunk)
+    start, n, p = span(g, first, chunk)
     sum_dz, sum_dz_x_hat = row(sums[0], p, n), row(sums[1], p, n)
-    if rows == BACKWARD_STEP:
-        j, k, m = i + stride, i + 2 * stride, i + 3 * stride
-        parameter_grad_four(
-            row(x, i, n), row(x, j, n), row(x, k, n), row(x, m, n),
-            row(dy, i, n), row(dy, j, n), row(dy, k, n), row(dy, m, n), terms, sum_dz, sum_dz_x_hat,
-        )  # fmt: skip
-    else:
-        for k in range(rows):
-            at = i + k * stride
-            parameter_grad_line(row(x, at, n), row(dy, at, n), terms[k], sum_dz, sum_dz_x_hat)
+    for r in range(0, rows, FOUR):
+        i = start + r * stride
+        if r + FOUR <= rows:
+            j, k, m = i + stride, i + 2 * stride, i + 3 * stride
+            parameter_grad_four(
+                row(x, i, n), row(x, j, n), row(x, k, n), row(x, m, n),
+                row(dy, i, n), row(dy, j, n), row(dy, k, n), row(dy, m, n), terms, r, sum_dz, sum_dz_x_hat,
+            )  # fmt: skip
+        else:
+            for k in range(r, rows):
+                parameter_grad_line(row(x, i, n), row(dy, i, n), terms, k, sum_dz, sum_dz_x_hat)
+                i += stride
 
 
 @inlined
@@ -172,13 +212,13 @@ def finish_rows(g, x, dy, dx, first, rows, chunk, terms, weight, sums):
             while i < size:
                 at = start + i
                 input_grad_line(
-                    row(x, at, n), row(dy, at, n), row(dx, at, n), part(weight, p + i, n), terms[k]
+                    row(x, at, n), row(dy, at, n), row(dx, at, n), part(weight, p + i, n), terms, k
                 )
                 i += n
                 n = block.shape[0]
                 while i + n <= size:
                     at = start + i
-                    input_grad_line(row(x, at, n), row(dy, at, n), block, part(weight, p + i, n), terms[k])
+                    input_grad_line(row(x, at, n), row(dy, at, n), block, part(weight, p + i, n), terms, k)
                     store_block(block, dx, at)
                     i += n
                 n = size - i
@@ -200,16 +240,19 @@ def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_
     """Gradients of one chunk of the columns of a band, as far as there is room for them, for given sums over rows."""
     cut = unpack(g)
     start, end = samples_of(g, band)
-    terms = scratch((BACKWARD_STEP, 6), x)
-    n = np.float64(cut.inner)
+    terms, statistics = scratch(6 * ROWS, x), np.empty(4 * ROWS)
     clear(g, chunk, own)
-    for sample in range(start, end, BACKWARD_STEP):
-        rows = min(BACKWARD_STEP, end - sample)
+    for sample in range(start, end, cut.together):
+        rows = min(cut.together, end - sample)
         for first in range(sample * cut.period, (sample + 1) * cut.period):
             for k in range(rows):
                 r = first + k * cut.period
-                a, b = value_of(sum_g, r), value_of(sum_g_x_hat, r)
-                fill_terms(terms[k], value_of(mean, r), rstd[r], a, b, n, mean is not None, x)
+                statistics[k], statistics[ROWS + k] = value_of(mean, r), rstd[r]
+                statistics[2 * ROWS + k], statistics[3 * ROWS + k] = (
+                    value_of(sum_g, r),
+                    value_of(sum_g_x_hat, r),
+                )
+            fill_terms(terms, statistics, rows, np.float64(cut.inner), mean is not None)
             finish_rows(g, x, dy, dx, first, rows, chunk, terms, weight, own)
     finish(cut.streamed)
 
@@ -219,17 +262,18 @@ def backward_band(g, x, dy, dx, band, mean, rstd, weight, own):
     """Sums over the rows of a band and all their gradients, a few rows at a time."""
     cut = unpack(g)
     start, end = samples_of(g, band)
-    terms = scratch((BACKWARD_STEP, 6), x)
-    n = np.float64(cut.inner)
+    terms, statistics = scratch(6 * ROWS, x), np.empty(4 * ROWS)
     for chunk in range(cut.chunks):
         clear(g, chunk, own)
-    for sample in range(start, end, BACKWARD_STEP):
-        rows = min(BACKWARD_STEP, end - sample)
+    for sample in range(start, end, cut.together):
+        rows = min(cut.together, end - sample)
         for first in range(sample * cut.period, (sample + 1) * cut.period):
             for k in range(rows):
                 r = first + k * cut.period
-                a, b = row_grad_sums(g, x, dy, r, mean, rstd, weight)
-                fill_terms(terms[k], value_of(mean, r), rstd[r], a, b, n, mean is not None, x)
+                a, b = row_grad_sums(g, x, dy, r, value_of(mean, r), rstd[r], weight)
+                statistics[k], statistics[ROWS + k] = value_of(mean, r), rstd[r]
+                statistics[2 * ROWS + k], statistics[3 * ROWS + k] = a, b
+            fill_terms(terms, statistics, rows, np.float64(cut.inner), mean is not None)
             for chunk in range(cut.chunks):
                 finish_rows(g, x, dy, dx, first, rows, chunk, terms, weight, own)
     finish(cut.streamed)

@@ -41,7 +41,9 @@ class Cut(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def geometry(view: View, threads: int, masked: bool = False, size: int = 0) -> np.ndarray:
+def geometry(
+    view: View, threads: int, masked: bool = False, size: int = 0, halves: bool = False
+) -> np.ndarray:
     """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers.
 
     A mask makes no difference here; ``slots`` and ``streamed``, which follows from the ``size`` of all arrays in
@@ -50,7 +52,7 @@ def geometry(view: View, threads: int, masked: bool = False, size: int = 0) -> n
     rows, cols = (1, CHUNK) if view.inner > CHUNK else (max(1, CHUNK // view.inner), view.inner)
     chunks = -(-view.outer // rows) * -(-view.inner // cols)
     rule = (view.period, view.width, view.run)
-    streamed = worthwhile(size, min(view.run, cols))
+    streamed = worthwhile(size, min(view.run, cols), halves)
     slots = together(view, threads, streamed)
     return np.array(Cut(view.outer, view.group, view.inner, *rule, rows, cols, chunks, slots, streamed))
 

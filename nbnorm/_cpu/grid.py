@@ -59,7 +59,9 @@ class Cut(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def geometry(view: View, threads: int, masked: bool = False, size: int = 0) -> np.ndarray:
+def geometry(
+    view: View, threads: int, masked: bool = False, size: int = 0, halves: bool = False
+) -> np.ndarray:
     """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers.
 
     Rows of a mask are not folded: a row of lanes has one weight. Threads make no difference here; ``size`` is that of
@@ -80,7 +82,7 @@ def geometry(view: View, threads: int, masked: bool = False, size: int = 0) -> n
     chunk = -(-rows // max(chunks, 1))
     spare = view.outer % fold * width
     sizes = (view.batch, view.outer, view.group, view.inner, view.period, view.width, view.run)
-    streamed = worthwhile_in_columns(size, block)
+    streamed = worthwhile_in_columns(size, block, halves)
     blocks, chunks = -(-lanes // block), -(-rows // chunk)
     return np.array(Cut(*sizes, fold, block, chunk, lanes, rows, spare, blocks, chunks, streamed))
 

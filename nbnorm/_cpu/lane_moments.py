@@ -47,15 +47,24 @@ def push(total, squares, shift, a, w):
 
 @contracted
 def push_eight(total, squares, shift, a, b, c, d, e, f, g, h):
-    """Add eight rows at once, so that the sums are read and written once for all of them."""
+    """Add eight rows at once, so that the sums are read and written once for all of them.
+
+    The squares are added one by one, each in the same instruction as its product.
+    """
     for i in range(total.shape[0]):
         s = shift[i]
         da, db, dc, dd = widen(a[i]) - s, widen(b[i]) - s, widen(c[i]) - s, widen(d[i]) - s
         de, df, dg, dh = widen(e[i]) - s, widen(f[i]) - s, widen(g[i]) - s, widen(h[i]) - s
         total[i] += ((da + db) + (dc + dd)) + ((de + df) + (dg + dh))
-        squares[i] += ((da * da + db * db) + (dc * dc + dd * dd)) + (
-            (de * de + df * df) + (dg * dg + dh * dh)
-        )
+        chain = da * da
+        chain += db * db
+        chain += dc * dc
+        chain += dd * dd
+        chain += de * de
+        chain += df * df
+        chain += dg * dg
+        chain += dh * dh
+        squares[i] += chain
 
 
 @helper

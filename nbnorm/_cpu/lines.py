@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nbnorm._cpu.halves import narrow, widen
 from nbnorm._cpu.launch import inlined, loop
+from nbnorm._cpu.spans import ROWS
 from nbnorm._math import input_gradient, normalize, rounded, scaled, standardize
 
 
@@ -26,9 +27,10 @@ apply_block = inlined(_line)
 
 
 @inlined
-def input_grad_line(x, dy, dx, weight, terms):
+def input_grad_line(x, dy, dx, weight, terms, k):
     """Dx of neighbours that share statistics; for ``terms`` see `bands.fill_terms`."""
-    mean_hi, rstd, slope, offset, gain = terms[0], terms[1], terms[3], terms[4], terms[5]
+    mean_hi, rstd = terms[k], terms[ROWS + k]
+    slope, offset, gain = terms[3 * ROWS + k], terms[4 * ROWS + k], terms[5 * ROWS + k]
     for i in range(x.shape[0]):
         g = widen(dy[i])
         if weight is not None:
@@ -38,9 +40,15 @@ def input_grad_line(x, dy, dx, weight, terms):
 
 
 @inlined
-def parameter_grad_line(x, dy, terms, sum_dz, sum_dz_x_hat):
+def normal_terms(terms, k):
+    """Coefficients of a row's `normalize`."""
+    return terms[k], terms[ROWS + k], terms[2 * ROWS + k]
+
+
+@inlined
+def parameter_grad_line(x, dy, terms, k, sum_dz, sum_dz_x_hat):
     """Add a row's terms to the parameters' gradients."""
-    mean_hi, rstd, rest = terms[0], terms[1], terms[2]
+    mean_hi, rstd, rest = normal_terms(terms, k)
     for i in range(x.shape[0]):
         d = widen(dy[i])
         sum_dz[i] += d
@@ -48,12 +56,12 @@ def parameter_grad_line(x, dy, terms, sum_dz, sum_dz_x_hat):
 
 
 @inlined
-def parameter_grad_four(xa, xb, xc, xd, dya, dyb, dyc, dyd, terms, sum_dz, sum_dz_x_hat):
+def parameter_grad_four(xa, xb, xc, xd, dya, dyb, dyc, dyd, terms, k, sum_dz, sum_dz_x_hat):
     """Add four rows at once, so that the sums are read and written once for all of them."""
-    mean_a, rstd_a, rest_a = terms[0, 0], terms[0, 1], terms[0, 2]
-    mean_b, rstd_b, rest_b = terms[1, 0], terms[1, 1], terms[1, 2]
-    mean_c, rstd_c, rest_c = terms[2, 0], terms[2, 1], terms[2, 2]
-    mean_d, rstd_d, rest_d = terms[3, 0], terms[3, 1], terms[3, 2]
+    mean_a, rstd_a, rest_a = normal_terms(terms, k)
+    mean_b, rstd_b, rest_b = normal_terms(terms, k + 1)
+    mean_c, rstd_c, rest_c = normal_terms(terms, k + 2)
+    mean_d, rstd_d, rest_d = normal_terms(terms, k + 3)
     for i in range(xa.shape[0]):
         a, b, c, d = widen(dya[i]), widen(dyb[i]), widen(dyc[i]), widen(dyd[i])
         sum_dz[i] += (a + b) + (c + d)

@@ -129,7 +129,7 @@ def backward(
     if not view.size:
         return np.zeros(parameters), np.zeros(parameters)
     threads = threads_for(view.size)
-    g = geometry(view, threads, False, 0 if dx is None else 3 * x.nbytes)
+    g = geometry(view, threads, False, 0 if dx is None else 3 * x.nbytes, x.itemsize < 4)
     own_weight = line(weight)
     arrays = (flat(x), flat(dy), None if dx is None else flat(dx), mean, rstd, own_weight)
     sums = (

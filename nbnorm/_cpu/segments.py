@@ -22,37 +22,57 @@ def apply_segment(x, y, residual, mean_hi, scale, shift, activation):
 
 @by_type(apply_segment)
 def _apply_segment(x, y, residual, mean_hi, scale, shift, activation):
+    return _elements_or_words(x, residual, apply_elements, apply_words)
+
+
+def apply_block(x, y, residual, mean_hi, scale, shift, activation):
+    """Normalize the few elements of a block, an even number, which then stay in registers."""
+    block_elements(x, y, residual, mean_hi, scale, shift, activation)
+
+
+@by_type(apply_block)
+def _apply_block(x, y, residual, mean_hi, scale, shift, activation):
+    return _elements_or_words(x, residual, block_elements, block_words)
+
+
+def _elements_or_words(x, residual, elements, pairs):
+    """Choose how values of a type are normalized."""
     if x.dtype == types.int16 and is_none(residual):
-        return lambda x, y, residual, mean_hi, scale, shift, activation: apply_words(
+        return lambda x, y, residual, mean_hi, scale, shift, activation: pairs(
             x, y, mean_hi, scale, shift, activation
         )
-    return lambda x, y, residual, mean_hi, scale, shift, activation: apply_elements(
+    return lambda x, y, residual, mean_hi, scale, shift, activation: elements(
         x, y, residual, mean_hi, scale, shift, activation
     )
 
 
-def _elements(x, y, residual, mean_hi, scale, shift, activation):
+@inlined
+def block_elements(x, y, residual, mean_hi, scale, shift, activation):
     """Normalize one element after the other."""
     for i in range(x.shape[0]):
         z = before_activation(widen(x[i]), residual, i, mean_hi, scale, shift)
         y[i] = narrow(activate(z, activation), y)
 
 
-apply_elements = loop(_elements)
-# The same for the few elements of a block, which then stay in registers.
-apply_block = inlined(_elements)
-
-
-@loop
-def apply_words(x, y, mean_hi, scale, shift, activation):
-    """Normalize bfloat16, two at a time."""
+@inlined
+def block_words(x, y, mean_hi, scale, shift, activation):
+    """Normalize bfloat16, two at a time; an odd last one is left out."""
     x_words: Any = words(x)
     y_words: Any = words(y)
     for i in range(x_words.shape[0]):
         low = normalize(lower(x_words[i]), mean_hi, scale, shift)
         high = normalize(upper(x_words[i]), mean_hi, scale, shift)
         y_words[i] = joined(activate(low, activation), activate(high, activation))
-    last = 2 * x_words.shape[0]
+
+
+apply_elements = loop(block_elements.py_func)
+
+
+@loop
+def apply_words(x, y, mean_hi, scale, shift, activation):
+    """`block_words`, and the odd last one."""
+    block_words(x, y, mean_hi, scale, shift, activation)
+    last = x.shape[0] // 2 * 2
     odd = x.shape[0] - last
     apply_elements(row(x, last, odd), row(y, last, odd), None, mean_hi, scale, shift, activation)
 

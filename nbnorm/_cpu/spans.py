@@ -11,17 +11,18 @@ from typing import NamedTuple
 import numpy as np
 
 from nbnorm._cpu.launch import inlined, shares
-from nbnorm._cpu.streams import worthwhile
+from nbnorm._cpu.streams import remote, worthwhile
 from nbnorm._cpu.tiles import CHUNK
 from nbnorm._view import View
 
-# Samples that backward takes together: one's coefficients are computed while the next one is read, and the parameters'
-# sums are read and written once for all of them.
-BACKWARD_STEP = 4
-# Rows that forward takes together, up to so many columns: a fifth less time, but half as much more with 1024
-# columns (benchmarks/choices.py).
-FORWARD_STEP = 2
+# Samples whose terms of the parameters' gradients are added at once, so that their sums are read and written once.
+FOUR = 4
+# Short rows are taken together, pass after pass: the sums of one do not wait for the coefficients of another, and
+# those of all are computed side by side, in a quarter to a third less time than row by row. Of longer rows the passes
+# had better follow one another: 512 columns past the caches take a quarter less time then (benchmarks/choices.py).
+ROWS = 8
 SHORT_ROW = 256
+SHORT_PAIR = 128  # of x and dy
 # Columns up to which forward asks for the next rows before it normalizes these: 0.82 to 1.04 of the time, 0.92 to 1.13
 # with rows of 2048, 1.06 to 1.13 with rows of 4096 (benchmarks/choices.py; Emerald Rapids). Asking for them piece by
 # piece in between took 0.83 to 1.16 of that.
@@ -35,7 +36,7 @@ BAND_SIZE = 16384
 
 
 class Cut(NamedTuple):
-    """How rows are cut: `View` sizes, samples of a band, bands, chunks of a row, rows that forward takes together."""
+    """How rows are cut: `View` sizes, samples of a band, bands, chunks of a row, rows that are taken together."""
 
     rows: int
     inner: int
@@ -43,13 +44,16 @@ class Cut(NamedTuple):
     band: int
     bands: int
     chunks: int
-    step: int
+    step: int  # in forward
+    together: int  # in backward, of samples one behind the other
     streamed: int  # whether results are written past the caches
     ahead: int  # rows that forward asks for before it normalizes these
 
 
 @lru_cache(maxsize=4096)
-def geometry(view: View, threads: int, masked: bool = False, size: int = 0) -> np.ndarray:
+def geometry(
+    view: View, threads: int, masked: bool = False, size: int = 0, halves: bool = False
+) -> np.ndarray:
     """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers.
 
     All traversals are asked in this way; here neither threads, which must not change a sum, nor a mask matter. ``size``
@@ -58,12 +62,14 @@ def geometry(view: View, threads: int, masked: bool = False, size: int = 0) -> n
     rows, inner, period = view.slots, view.inner, view.period
     samples = rows // period
     wanted = min(max(MIN_BANDS, samples // BAND), -(-rows * inner // BAND_SIZE))
-    band = min(BAND, max(BACKWARD_STEP, -(-samples // max(wanted, 1))))
-    step = FORWARD_STEP if inner <= SHORT_ROW else 1
+    band = min(BAND, max(FOUR, -(-samples // max(wanted, 1))))
+    step = ROWS if inner <= SHORT_ROW else 1
+    together = ROWS if inner <= SHORT_PAIR else FOUR
     chunks = -(-inner // CHUNK)
-    ahead = step if inner <= FETCHED else 0
+    ahead = step if inner <= FETCHED and remote() else 0
+    streamed = worthwhile(size, inner, halves)
     return np.array(
-        Cut(rows, inner, period, band, -(-samples // band), chunks, step, worthwhile(size, inner), ahead)
+        Cut(rows, inner, period, band, -(-samples // band), chunks, step, together, streamed, ahead)
     )
 
 
@@ -83,7 +89,7 @@ def fused(view: View, threads: int, masked: bool = False) -> int:
 @inlined
 def unpack(g):
     """Name the integers of a geometry."""
-    return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8])
+    return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9])
 
 
 @inlined
@@ -92,7 +98,8 @@ def span(g, r, chunk):
     cut = unpack(g)
     start = chunk * CHUNK
     n = min(CHUNK, cut.inner - start)
-    return r * cut.inner + start, n, r % cut.period * cut.inner + start
+    lap = r % cut.period if cut.period > 1 else 0  # short rows notice a division
+    return r * cut.inner + start, n, lap * cut.inner + start
 
 
 @inlined

@@ -22,15 +22,16 @@ from nbnorm._math import by_type
 # As many bytes as the loops over elements take in one step: blocks of one line are not vectorized.
 BLOCK = 4 * LINE
 # Neighbours that are worth it: of shorter ones too many lines are not whole (benchmarks/choices.py). Lanes may be
-# fewer, since the rows of a block mostly lie one behind the other; 512 were measured, 256 are reasoned.
+# fewer, since the rows of a block mostly lie one behind the other; 512 were measured, 256 are reasoned. Halves lose up
+# to 1600, win from 2048 on.
 SHORTEST = 768
 SHORTEST_LANES = 256
+SHORTEST_HALVES = 2048
 # Bytes of a last-level cache at most, and of one of which the system does not tell. A larger one serves many cores: of
 # 300 MB that two of them see on Emerald Rapids they get data as slowly as from memory, and results past it take 0.5 to
 # 0.85 of the time from 40 MB (batch norm; layer norm 0.9 to 1.14 up to 100 MB, 0.8 beyond; benchmarks/choices.py).
 MOST = 1 << 25
 NEVER = 1 << 62
-_CONTENT = ir.VectorType(ir.IntType(8), LINE)
 
 
 @lru_cache(maxsize=1)
@@ -48,17 +49,23 @@ def last_level() -> int:
     return min(told(), MOST)
 
 
-def worthwhile(size: int, neighbours: int, shortest: int = SHORTEST) -> bool:
+def remote() -> bool:
+    """Whether the last-level cache is one that many cores share, so that data from there take long."""
+    return told() > MOST
+
+
+def worthwhile(size: int, neighbours: int, halves: bool, shortest: int = SHORTEST) -> bool:
     """Whether arrays of so many bytes together do not stay in the caches, and enough lines are whole."""
-    return neighbours >= shortest and size > last_level()
+    return neighbours >= (SHORTEST_HALVES if halves else shortest) and size > last_level()
 
 
-def worthwhile_in_columns(size: int, lanes: int) -> bool:
-    """Whether that holds for rows of lanes, which gain only where the last-level cache serves many cores.
+def worthwhile_in_columns(size: int, lanes: int, halves: bool) -> bool:
+    """Whether that holds for rows of lanes, between whose passes a cache of one's own keeps half of what fits it.
 
-    There they take 0.7 to 0.9 of the time (Emerald Rapids), but 0.9 to 1.13, and once 1.4, with 32 MB for two (Zen 5).
+    Past that they take 0.86 to 1.0 of the time, from one cache to two 0.84 to 1.13 (Zen 4), and where the cache is
+    remote 0.7 to 0.9 (Emerald Rapids; benchmarks/choices.py).
     """
-    return told() > MOST and worthwhile(size, lanes, SHORTEST_LANES)
+    return worthwhile(size if remote() else size // 2, lanes, halves, SHORTEST_LANES)
 
 
 @inlined
@@ -130,10 +137,13 @@ def _stored(typingctx, block, y, first):
         source = context.make_array(block)(context, builder, args[0]).data
         target = builder.gep(context.make_array(y)(context, builder, args[1]).data, [args[2]])
         streamed = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
-        source, target = (builder.bitcast(data, _CONTENT.as_pointer()) for data in (source, target))
-        for i in range(BLOCK // LINE):
-            content = builder.load(builder.gep(source, [word(i)]), align=LINE)
-            store = builder.store(content, builder.gep(target, [word(i)]), align=LINE)
+        # As much as one vector becomes, half a line of halves: a whole line would be put together from two in memory.
+        size = LINE if block.dtype.bitwidth > 16 else LINE // 2
+        content = ir.VectorType(ir.IntType(8), size).as_pointer()
+        source, target = (builder.bitcast(data, content) for data in (source, target))
+        for i in range(BLOCK // size):
+            part = builder.load(builder.gep(source, [word(i)]), align=size)
+            store = builder.store(part, builder.gep(target, [word(i)]), align=size)
             store.set_metadata("nontemporal", streamed)
         return context.get_dummy_value()
 

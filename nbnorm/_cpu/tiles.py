@@ -189,6 +189,19 @@ def corrected(mean, total, squares, n):
 
 
 @inlined
+def sums_about(x, weights, shift):
+    """`shifted_sums` of neighbours, piece after piece."""
+    count = total = squares = 0.0
+    for i in range(0, x.shape[0], piece(x)):
+        size = min(piece(x), x.shape[0] - i)
+        c, a, b = shifted_sums(row(x, i, size), part(weights, i, size), shift)
+        count += c
+        total += a
+        squares += b
+    return count, total, squares
+
+
+@inlined
 def tile_moments(x, weights, first, stride, rows, n):
     """Count, mean and m2 of ``rows`` segments of ``n`` neighbours, ``stride`` apart, in one pass of shifted sums.
 
@@ -197,13 +210,10 @@ def tile_moments(x, weights, first, stride, rows, n):
     shift = nearby(row(x, first, n)) if weights is None else nearby_counted(row(x, first, n), weights)
     count = total = squares = 0.0
     for r in range(rows):
-        start = first + r * stride
-        for i in range(0, n, piece(x)):
-            size = min(piece(x), n - i)
-            c, a, b = shifted_sums(row(x, start + i, size), part(weights, i, size), shift)
-            count += c
-            total += a
-            squares += b
+        c, a, b = sums_about(row(x, first + r * stride, n), weights, shift)
+        count += c
+        total += a
+        squares += b
     if count == 0.0:
         return 0.0, 0.0, 0.0
     m2 = about_mean(total, squares, count)
@@ -233,9 +243,7 @@ def line_moments(x, weights, centered):
 @helper
 def tile_squares(x):
     """Sum of squares of a tile."""
-    total = 0.0
-    for i in range(0, x.shape[0], piece(x)):
-        total += shifted_sums(row(x, i, min(piece(x), x.shape[0] - i)), None, rounded(0.0, x))[2]
+    total = sums_about(x, None, rounded(0.0, x))[2]
     if trusted(total, total, x.itemsize < 8):
         return total
     return central_sums(x, None, 0.0)[1]
