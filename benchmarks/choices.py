@@ -117,7 +117,7 @@ def chunks() -> None:
         for n in (16, 8, 32, 64, 128)
     }
     show(f"chunks for the moments of {x.shape}", calls)
-    for shape in ((1024, 256), (2048, 256)):
+    for shape in ((1024, 256), (2048, 256), (4096, 256), (512, 2048), (1024, 1024)):
         for name in ("forward", "backward"):
             call, b = prepare(name, Case("batch", shape))
             view = batch_view(b.x.shape, b.x.strides, b.x.itemsize, 1)

@@ -1,7 +1,7 @@
 """What a task does to one block of lanes: moments, coefficients, results.
 
-``moments`` has `lane_moments.ROWS` rows for each chunk, ``lane_sums`` four, ``terms`` three to normalize and eight
-for gradients, all as long as a block.
+``moments`` has two rows for each chunk, ``lane_sums`` four, ``room``, in which moments are computed, four altogether,
+``terms`` three to normalize and eight for gradients, all as long as a block.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ from nbnorm._cpu.lanes import apply_row, copy_row, fill, input_grad_row, row_wei
 from nbnorm._cpu.launch import helper, inlined, loop
 from nbnorm._cpu.memory import borrowed, row
 from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
-from nbnorm._cpu.tiles import add_rows, entry, parameter, part, room, settle_rows, slot_count, weighted
+from nbnorm._cpu.tiles import (
+    add_rows,
+    entry,
+    parameter,
+    part,
+    room,
+    settle_rows,
+    slot_count,
+    weighted,
+    within,
+)
 from nbnorm._math import affine, gradient_terms, recentered, reciprocal_std, rounded
 
 
@@ -40,23 +50,24 @@ def chunk_weights(g, weights, batch):
 
 
 @helper
-def chunk_moments(g, x, weights, index, chunk, moments):
+def chunk_moments(g, x, weights, index, chunk, room, moments):
     """Moments of the lanes of a block over one chunk of whole rows."""
     cut, own = unpack(g), locate(g, index)
     start = chunk * cut.chunk
     rows = min(cut.chunk, cut.rows - start)
     first = own.base + start * cut.lanes + own.lane
     own_weights = rows_weights(weights, own.batch, start, rows)
-    chunk_lane_moments(x, own_weights, first, cut.lanes, rows, scratch((3, own.lanes), x), moments[chunk])
+    sums = scratch((3, own.lanes), x)
+    chunk_lane_moments(x, own_weights, first, cut.lanes, rows, sums, room, moments[chunk])
 
 
 @helper
-def block_moments(g, x, weights, index, moments, mean, m2):
+def block_moments(g, x, weights, index, room, moments, mean, m2):
     """Merge chunks, folds and the spare row of a block, then the lanes of each slot."""
     cut, own = unpack(g), locate(g, index)
-    n = merge_chunks(moments, chunk_weights(g, weights, own.batch), own.lanes)
+    n = merge_chunks(moments, chunk_weights(g, weights, own.batch), own.lanes, room)
     merged = moments[0]
-    n = merge_folds(merged, cut.fold, own.width, n, x, own.base + cut.rows * cut.lanes, cut.spare)
+    n = merge_folds(merged, cut.fold, own.width, n, x, own.base + cut.rows * cut.lanes, cut.spare, room)
     lane_mean, lane_m2 = row(merged[0], 0, own.width), row(merged[1], 0, own.width)
     if cut.inner == 1:
         copy_row(row(mean, own.slot, own.slots), lane_mean)
@@ -95,7 +106,7 @@ def spread(g, own, terms, first, end):
 def spread_affine(g, index, mean, rstd, weight, bias, terms, at):
     """Lay the coefficients of `normalize` out along the lanes of a block, from row ``at`` of the terms."""
     cut, own = unpack(g), locate(g, index)
-    p = own.slot % cut.period * cut.width
+    p = within(own.slot, cut.period) * cut.width
     for i in range(own.slots):
         slot = own.slot + i
         for j in range(i * cut.width, (i + 1) * cut.width):
@@ -190,7 +201,7 @@ def spread_gradient_terms(
 ):
     """Lay the coefficients of `input_gradient` out along the lanes of a block, behind mean and rstd."""
     cut, own = unpack(g), locate(g, index)
-    p = own.slot % cut.period * cut.width
+    p = within(own.slot, cut.period) * cut.width
     for i in range(own.slots):
         k, first = own.slot + i, p + i * cut.width
         sum_g, sum_g_x_hat = weighted(weight, first, sum_dz, k), weighted(weight, first, sum_dz_x_hat, k)

@@ -23,7 +23,6 @@ from nbnorm._cpu.blocks import (
 )
 from nbnorm._cpu.grid import fused, geometry, unpack
 from nbnorm._cpu.halves import scratch
-from nbnorm._cpu.lane_moments import ROWS
 from nbnorm._cpu.launch import Twins
 
 __all__ = [
@@ -43,10 +42,10 @@ def forward_kernel(g, x, y, weight, bias, residual, activation, weights, eps, me
     cut = unpack(g)
     chunks, block = cut.chunks, cut.block
     for index in prange(cut.batch * cut.blocks):
-        moments, terms = np.empty((chunks, ROWS, block)), scratch((3, block), x)
+        room, moments, terms = np.empty((4, block)), np.empty((chunks, 2, block)), scratch((3, block), x)
         for chunk in range(chunks):
-            chunk_moments(g, x, weights, index, chunk, moments)
-        block_moments(g, x, weights, index, moments, mean, m2)
+            chunk_moments(g, x, weights, index, chunk, room, moments)
+        block_moments(g, x, weights, index, room, moments, mean, m2)
         block_rstd(g, weights, index, m2, eps, rstd)
         spread_affine(g, index, mean, rstd, weight, bias, terms, 0)
         for chunk in range(chunks):
@@ -60,19 +59,20 @@ def passes_kernel(g, x, y, weight, bias, residual, activation, weights, eps, mea
     Without eps there is no rstd of these moments; without moments, mean and rstd are given.
     """
     cut = unpack(g)
-    blocks, chunks = cut.batch * cut.blocks, cut.chunks
+    blocks, chunks, block = cut.batch * cut.blocks, cut.chunks, cut.block
+    moments, terms = np.empty((blocks, chunks, 2, block)), scratch((blocks, 3, block), x)
     if m2 is not None:
-        moments = np.empty((blocks, chunks, ROWS, cut.block))
         for task in prange(blocks * chunks):
-            chunk_moments(g, x, weights, task // chunks, task % chunks, moments[task // chunks])
-        for index in prange(blocks):
-            block_moments(g, x, weights, index, moments[index], mean, m2)
+            index, room = task // chunks, np.empty((4, block))
+            chunk_moments(g, x, weights, index, task % chunks, room, moments[index])
+    for index in prange(blocks):
+        if m2 is not None:
+            block_moments(g, x, weights, index, np.empty((4, block)), moments[index], mean, m2)
             if eps is not None:
                 block_rstd(g, weights, index, m2, eps, rstd)
-    if y is not None:
-        terms = scratch((blocks, 3, cut.block), x)
-        for index in prange(blocks):
+        if y is not None:
             spread_affine(g, index, mean, rstd, weight, bias, terms[index], 0)
+    if y is not None:
         for task in prange(blocks * chunks):
             apply_chunk(g, x, y, residual, activation, task // chunks, task % chunks, terms[task // chunks])
 

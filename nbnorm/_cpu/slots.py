@@ -21,6 +21,7 @@ from nbnorm._cpu.tiles import (
     slot_count,
     tile_moments,
     weighted,
+    within,
 )
 from nbnorm._math import accumulate, add, affine, gradient_terms, recentered, rounded, settled
 
@@ -86,7 +87,7 @@ def slot_moments(g, slot, moments):
 @helper
 def run_affine(cut, x, slot, j, mean, rstd, weight, bias):
     """Coefficients of `normalize` for one run of a slot."""
-    p = slot % cut.period * cut.width + j
+    p = within(slot, cut.period) * cut.width + j
     return affine(mean, rstd, parameter(weight, p, 1.0), parameter(bias, p, 0.0), x)
 
 
@@ -175,7 +176,7 @@ def slot_sums(g, slot, sums, sum_dz, sum_dz_x_hat):
 def slot_terms(g, x, slot, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, constant, terms):
     """Write what dx of a slot is computed from: mean, rstd, slope, offset and the factor of the gain."""
     cut = unpack(g)
-    first = slot % cut.period * cut.width
+    first = within(slot, cut.period) * cut.width
     sum_g, sum_g_x_hat = weighted(weight, first, sum_dz, slot), weighted(weight, first, sum_dz_x_hat, slot)
     n = slot_count(count, counts, slot, cut.period)
     terms[slot, 0], terms[slot, 1], _ = affine(mean[slot], rstd[slot], 1.0, 0.0, x)
@@ -188,7 +189,7 @@ def slot_terms(g, x, slot, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, co
 def run_terms(cut, x, slot, j, mean, rstd, weight, bias, terms):
     """Coefficients for dx of one run: those of its slot, the gain, and scale and shift of `normalize`."""
     _, scale, shift = run_affine(cut, x, slot, j, mean, rstd, weight, bias)
-    gain = terms[4] * parameter(weight, slot % cut.period * cut.width + j, 1.0)
+    gain = terms[4] * parameter(weight, within(slot, cut.period) * cut.width + j, 1.0)
     return (
         rounded(terms[0], x), rounded(terms[1], x), rounded(terms[2], x), rounded(terms[3], x), rounded(gain, x),
         scale, shift,

@@ -12,7 +12,7 @@ import numpy as np
 
 from nbnorm._cpu.launch import inlined, shares
 from nbnorm._cpu.streams import remote, worthwhile
-from nbnorm._cpu.tiles import CHUNK
+from nbnorm._cpu.tiles import CHUNK, within
 from nbnorm._view import View
 
 # Samples whose terms of the parameters' gradients are added at once, so that their sums are read and written once.
@@ -98,8 +98,7 @@ def span(g, r, chunk):
     cut = unpack(g)
     start = chunk * CHUNK
     n = min(CHUNK, cut.inner - start)
-    lap = r % cut.period if cut.period > 1 else 0  # short rows notice a division
-    return r * cut.inner + start, n, lap * cut.inner + start
+    return r * cut.inner + start, n, within(r, cut.period) * cut.inner + start
 
 
 @inlined

@@ -287,6 +287,15 @@ def slot_count(count, counts, slot, period):
 
 
 @helper
+def within(i, period):
+    """Remainder of ``i``; short rows and segments notice the division, which most can do without."""
+    k = np.int64(i)  # indices of parallel loops are unsigned
+    if k < period:
+        return k
+    return k % period if period > 1 else 0
+
+
+@helper
 def parameter(values, i, default):
     """Element of an optional weight or bias, in float64."""
     return default if values is None else np.float64(values[i])
