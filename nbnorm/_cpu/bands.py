@@ -25,10 +25,11 @@ from nbnorm._cpu.tiles import (
     part,
     piece,
     piece_grad_sums,
+    reciprocal_stds,
     settle_rows,
     sums_about,
 )
-from nbnorm._math import affine, gradient_terms, merge, recentered, reciprocal_std, rounded
+from nbnorm._math import affine, gradient_terms, merge, recentered, rounded
 
 
 @inlined
@@ -68,13 +69,6 @@ def short_row_moments(g, x, first, rows, shift, sums, mean, m2):
         for r in range(first, first + rows):
             if m2[r] < 0.0:
                 row_moments(g, x, r, mean, m2)
-
-
-@helper
-def reciprocal_stds(m2, n, eps, rstd):
-    """`reciprocal_std` of neighbours with as many values each."""
-    for i in range(m2.shape[0]):
-        rstd[i] = reciprocal_std(m2[i], n, eps)
 
 
 @helper
@@ -162,12 +156,19 @@ def row_grad_sums(g, x, dy, r, mean, rstd, weight):
     return a, b
 
 
+@inlined
+def note(statistics, k, mean, rstd, sum_g, sum_g_x_hat):
+    """Put down from what `fill_terms` computes the coefficients of a row."""
+    statistics[k], statistics[ROWS + k] = mean, rstd
+    statistics[2 * ROWS + k], statistics[3 * ROWS + k] = sum_g, sum_g_x_hat
+
+
 @helper
 def fill_terms(terms, statistics, rows, n, centered):
     """Coefficients of rows: mean, scale and rest of `normalize`, then slope, offset and gain of `input_gradient`.
 
-    ``statistics`` are the rows' mean, rstd, sum of g and sum of g * x_hat. Both have room for `ROWS` rows of each: at
-    distances that the compiler knows, so that all rows are computed side by side.
+    ``statistics`` are what `note` has put down. Both have room for `ROWS` rows of each: at distances that the compiler
+    knows, so that all rows are computed side by side.
     """
     for k in range(rows):
         mean, rstd, sum_g = statistics[k], statistics[ROWS + k], statistics[2 * ROWS + k]
@@ -247,11 +248,8 @@ def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_
         for first in range(sample * cut.period, (sample + 1) * cut.period):
             for k in range(rows):
                 r = first + k * cut.period
-                statistics[k], statistics[ROWS + k] = value_of(mean, r), rstd[r]
-                statistics[2 * ROWS + k], statistics[3 * ROWS + k] = (
-                    value_of(sum_g, r),
-                    value_of(sum_g_x_hat, r),
-                )
+                a, b = value_of(sum_g, r), value_of(sum_g_x_hat, r)
+                note(statistics, k, value_of(mean, r), rstd[r], a, b)
             fill_terms(terms, statistics, rows, np.float64(cut.inner), mean is not None)
             finish_rows(g, x, dy, dx, first, rows, chunk, terms, weight, own)
     finish(cut.streamed)
@@ -271,8 +269,7 @@ def backward_band(g, x, dy, dx, band, mean, rstd, weight, own):
             for k in range(rows):
                 r = first + k * cut.period
                 a, b = row_grad_sums(g, x, dy, r, value_of(mean, r), rstd[r], weight)
-                statistics[k], statistics[ROWS + k] = value_of(mean, r), rstd[r]
-                statistics[2 * ROWS + k], statistics[3 * ROWS + k] = a, b
+                note(statistics, k, value_of(mean, r), rstd[r], a, b)
             fill_terms(terms, statistics, rows, np.float64(cut.inner), mean is not None)
             for chunk in range(cut.chunks):
                 finish_rows(g, x, dy, dx, first, rows, chunk, terms, weight, own)

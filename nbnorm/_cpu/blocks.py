@@ -22,13 +22,14 @@ from nbnorm._cpu.tiles import (
     entry,
     parameter,
     part,
+    reciprocal_stds,
     room,
     settle_rows,
     slot_count,
     weighted,
     within,
 )
-from nbnorm._math import affine, gradient_terms, recentered, reciprocal_std, rounded
+from nbnorm._math import affine, gradient_terms, recentered, rounded
 
 
 @helper
@@ -85,8 +86,7 @@ def block_rstd(g, weights, index, m2, eps, rstd):
     """Reciprocal standard deviations of a block's slots."""
     cut, own = unpack(g), locate(g, index)
     n = total_weight(rows_weights(weights, own.batch, 0, cut.outer), 0, cut.outer) * cut.inner
-    for slot in range(own.slot, own.slot + own.slots):
-        rstd[slot] = reciprocal_std(m2[slot], n, eps)
+    reciprocal_stds(row(m2, own.slot, own.slots), n, eps, row(rstd, own.slot, own.slots))
 
 
 @helper

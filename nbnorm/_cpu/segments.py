@@ -46,12 +46,14 @@ def _elements_or_words(x, residual, elements, pairs):
     )
 
 
-@inlined
-def block_elements(x, y, residual, mean_hi, scale, shift, activation):
+def _elements(x, y, residual, mean_hi, scale, shift, activation):
     """Normalize one element after the other."""
     for i in range(x.shape[0]):
         z = before_activation(widen(x[i]), residual, i, mean_hi, scale, shift)
         y[i] = narrow(activate(z, activation), y)
+
+
+apply_elements, block_elements = loop(_elements), inlined(_elements)
 
 
 @inlined
@@ -63,9 +65,6 @@ def block_words(x, y, mean_hi, scale, shift, activation):
         low = normalize(lower(x_words[i]), mean_hi, scale, shift)
         high = normalize(upper(x_words[i]), mean_hi, scale, shift)
         y_words[i] = joined(activate(low, activation), activate(high, activation))
-
-
-apply_elements = loop(block_elements.py_func)
 
 
 @loop

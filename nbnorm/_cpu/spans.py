@@ -18,8 +18,9 @@ from nbnorm._view import View
 # Samples whose terms of the parameters' gradients are added at once, so that their sums are read and written once.
 FOUR = 4
 # Short rows are taken together, pass after pass: the sums of one do not wait for the coefficients of another, and
-# those of all are computed side by side, in a quarter to a third less time than row by row. Of longer rows the passes
-# had better follow one another: 512 columns past the caches take a quarter less time then (benchmarks/choices.py).
+# those of all are computed side by side, in up to a third less time than row by row. Of longer rows the passes had
+# better follow one another: 512 columns past the caches take a quarter less time then (AMD EPYC with AVX-512,
+# benchmarks/choices.py).
 ROWS = 8
 SHORT_ROW = 256
 SHORT_PAIR = 128  # of x and dy

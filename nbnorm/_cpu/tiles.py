@@ -13,7 +13,17 @@ import numpy as np
 from nbnorm._cpu.halves import scratch, widen
 from nbnorm._cpu.launch import helper, inlined, reduction
 from nbnorm._cpu.memory import row
-from nbnorm._math import accumulate, add, by_type, is_none, normalize, rounded, settled, standardize
+from nbnorm._math import (
+    accumulate,
+    add,
+    by_type,
+    is_none,
+    normalize,
+    reciprocal_std,
+    rounded,
+    settled,
+    standardize,
+)
 
 # Values summed in the array's own type before float64 takes over: with 32 or more SIMD accumulators no chain
 # is longer than 32 additions, which keeps a float32 sum within about one part in ten million.
@@ -269,6 +279,13 @@ def careful_tile_moments(x, weights, first, stride, rows, n):
             squares, rest = add(squares, rest, b)
     mean, m2 = corrected(mean, total, settled(squares, rest), count)
     return count, mean, m2
+
+
+@helper
+def reciprocal_stds(m2, n, eps, rstd):
+    """`reciprocal_std` of neighbouring slots with as many values each, side by side."""
+    for i in range(m2.shape[0]):
+        rstd[i] = reciprocal_std(m2[i], n, eps)
 
 
 @helper
