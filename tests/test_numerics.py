@@ -143,6 +143,13 @@ def test_outlier_in_a_long_lane(dtype, rng):
     oracle.assert_within(variance, reference.per_slot("var"), oracle.var_tolerance(reference), "variance")
 
 
+def test_what_whole_vectors_leave_over_costs_no_digits():
+    """The last 63 of 319 values, added one by one to the sum of the others, broke the promise of one row of these."""
+    x = np.random.default_rng(3).standard_normal((20000, 319), np.float32)
+    _, saved = nbnorm.layer_norm_forward(x, eps=0.0)
+    np.testing.assert_allclose(saved.rstd**-2.0, x.var(axis=1, dtype=np.float64), rtol=1e-6)
+
+
 @pytest.mark.parametrize("ratio", [1e3, 3e4, 5e4, 1e5])
 def test_offset_under_a_mask(ratio, rng):
     """Rows of a mask enter their sums one by one: in float32 only a few at a time."""

@@ -1,6 +1,6 @@
 """What a task does to one block of lanes: moments, coefficients, results.
 
-``moments`` has two rows for each chunk, ``lane_sums`` four, ``room``, in which moments are computed, four altogether,
+``moments`` has two rows for each chunk, ``lane_sums`` four, ``pool``, in which moments are computed, four altogether,
 ``terms`` three to normalize and eight for gradients, all as long as a block.
 """
 
@@ -51,7 +51,7 @@ def chunk_weights(g, weights, batch):
 
 
 @helper
-def chunk_moments(g, x, weights, index, chunk, room, moments):
+def chunk_moments(g, x, weights, index, chunk, pool, moments):
     """Moments of the lanes of a block over one chunk of whole rows."""
     cut, own = unpack(g), locate(g, index)
     start = chunk * cut.chunk
@@ -59,16 +59,16 @@ def chunk_moments(g, x, weights, index, chunk, room, moments):
     first = own.base + start * cut.lanes + own.lane
     own_weights = rows_weights(weights, own.batch, start, rows)
     sums = scratch((3, own.lanes), x)
-    chunk_lane_moments(x, own_weights, first, cut.lanes, rows, sums, room, moments[chunk])
+    chunk_lane_moments(x, own_weights, first, cut.lanes, rows, sums, pool, moments[chunk])
 
 
 @helper
-def block_moments(g, x, weights, index, room, moments, mean, m2):
+def block_moments(g, x, weights, index, pool, moments, mean, m2):
     """Merge chunks, folds and the spare row of a block, then the lanes of each slot."""
     cut, own = unpack(g), locate(g, index)
-    n = merge_chunks(moments, chunk_weights(g, weights, own.batch), own.lanes, room)
+    n = merge_chunks(moments, chunk_weights(g, weights, own.batch), own.lanes, pool)
     merged = moments[0]
-    n = merge_folds(merged, cut.fold, own.width, n, x, own.base + cut.rows * cut.lanes, cut.spare, room)
+    n = merge_folds(merged, cut.fold, own.width, n, x, own.base + cut.rows * cut.lanes, cut.spare, pool)
     lane_mean, lane_m2 = row(merged[0], 0, own.width), row(merged[1], 0, own.width)
     if cut.inner == 1:
         copy_row(row(mean, own.slot, own.slots), lane_mean)

@@ -42,10 +42,10 @@ def forward_kernel(g, x, y, weight, bias, residual, activation, weights, eps, me
     cut = unpack(g)
     chunks, block = cut.chunks, cut.block
     for index in prange(cut.batch * cut.blocks):
-        room, moments, terms = np.empty((4, block)), np.empty((chunks, 2, block)), scratch((3, block), x)
+        pool, moments, terms = np.empty((4, block)), np.empty((chunks, 2, block)), scratch((3, block), x)
         for chunk in range(chunks):
-            chunk_moments(g, x, weights, index, chunk, room, moments)
-        block_moments(g, x, weights, index, room, moments, mean, m2)
+            chunk_moments(g, x, weights, index, chunk, pool, moments)
+        block_moments(g, x, weights, index, pool, moments, mean, m2)
         block_rstd(g, weights, index, m2, eps, rstd)
         spread_affine(g, index, mean, rstd, weight, bias, terms, 0)
         for chunk in range(chunks):
@@ -63,8 +63,8 @@ def passes_kernel(g, x, y, weight, bias, residual, activation, weights, eps, mea
     moments, terms = np.empty((blocks, chunks, 2, block)), scratch((blocks, 3, block), x)
     if m2 is not None:
         for task in prange(blocks * chunks):
-            index, room = task // chunks, np.empty((4, block))
-            chunk_moments(g, x, weights, index, task % chunks, room, moments[index])
+            index, pool = task // chunks, np.empty((4, block))
+            chunk_moments(g, x, weights, index, task % chunks, pool, moments[index])
     for index in prange(blocks):
         if m2 is not None:
             block_moments(g, x, weights, index, np.empty((4, block)), moments[index], mean, m2)

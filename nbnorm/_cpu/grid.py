@@ -28,15 +28,13 @@ FOLDING = 2
 CACHED_LANES = 256
 STREAMED_LANES = 2048
 # Chunks of a block: about CHUNK values each, a power of two of them, until there are SOME, LONG values each until there
-# are MANY. Of three, five or seven equal chunks, one of two threads has one more to do: (2048, 256) takes a tenth less
-# time in eight than in seven (Emerald Rapids). Every chunk has moments or sums of its own for each lane, whose merge is
-# one thread's work: moments of (65536, 64) in 64 chunks take 1.3 to 1.4 times as long as in 16 (AMD EPYC with AVX-512,
-# Emerald Rapids; all of this by benchmarks/choices.py). MANY_CHUNKS and LONG_CHUNK are reasoned, not measured.
+# are MANY. Of three, five or seven equal chunks, one of two threads has one more to do. Every chunk has moments or sums
+# of its own for each lane, whose merge is one thread's work: moments of (65536, 64) in 64 chunks take 1.3 to 1.4 times
+# as long as in 16, and (512, 2048) in chunks of 32 rows 1.2 to 1.5 times as long as of CHUNK_ROWS at least (AMD
+# EPYC with AVX-512, Emerald Rapids; all of this by benchmarks/choices.py). MANY_CHUNKS and LONG_CHUNK are reasoned.
 SOME_CHUNKS = 16
 MANY_CHUNKS = 64
 LONG_CHUNK = 1 << 20
-# Rows of a chunk at least: what it does once for each lane takes as long as some rows. With 128 rows instead of 32,
-# (512, 2048) takes 0.65 to 0.86 of the time (AMD EPYC with AVX-512, benchmarks/choices.py).
 CHUNK_ROWS = 128
 
 

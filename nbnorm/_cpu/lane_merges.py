@@ -54,10 +54,10 @@ def settle_moments(mean, m2, center, total, squares, rest, n):
 
 
 @helper
-def pooling_rows(room, n):
+def pooling_rows(pool, n):
     """Rows that `merge_chunks` and `merge_folds` compute in: center, total, squares and their rest; all but 0."""
-    center, total = row(room[0], 0, n), row(room[1], 0, n)
-    squares, rest = row(room[2], 0, n), row(room[3], 0, n)
+    center, total = row(pool[0], 0, n), row(pool[1], 0, n)
+    squares, rest = row(pool[2], 0, n), row(pool[3], 0, n)
     fill(total, 0.0)
     fill(squares, 0.0)
     fill(rest, 0.0)
@@ -65,7 +65,7 @@ def pooling_rows(room, n):
 
 
 @helper
-def merge_chunks(moments, counts, lanes, room):
+def merge_chunks(moments, counts, lanes, pool):
     """Merge the moments of chunks into those of the first one, lane by lane, and return the number of their values."""
     n, first = 0.0, 0
     for chunk in range(counts.shape[0]):
@@ -73,7 +73,7 @@ def merge_chunks(moments, counts, lanes, room):
         n += counts[chunk]
     if counts.shape[0] == 1 or n == 0.0:
         return n
-    center, total, squares, rest = pooling_rows(room, lanes)
+    center, total, squares, rest = pooling_rows(pool, lanes)
     copy_row(center, row(moments[first, 0], 0, lanes))
     usable(center)
     for chunk in range(counts.shape[0]):
@@ -91,7 +91,7 @@ def merge_chunks(moments, counts, lanes, room):
 
 
 @helper
-def merge_folds(moments, fold, width, rows, x, first, spare, room):
+def merge_folds(moments, fold, width, rows, x, first, spare, pool):
     """Merge the lanes that folding has laid side by side, ``rows`` values each, and single values left over.
 
     Returns the number of all of them.
@@ -100,7 +100,7 @@ def merge_folds(moments, fold, width, rows, x, first, spare, room):
     if fold == 1:
         return n
     means, own_m2 = moments[0], moments[1]
-    center, total, squares, rest = pooling_rows(room, width)
+    center, total, squares, rest = pooling_rows(pool, width)
     copy_row(center, row(means, 0, width))
     usable(center)
     for f in range(fold):

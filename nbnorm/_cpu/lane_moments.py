@@ -204,15 +204,15 @@ def conclude(total, squares, shift, n, mean, m2):
 
 
 @helper
-def chunk_lane_moments(x, weights, first, stride, rows, sums, room, moments):
+def chunk_lane_moments(x, weights, first, stride, rows, sums, pool, moments):
     """Mean and m2 of each lane of a block over the rows of a chunk, about one shift per lane.
 
-    A tile is summed in the array's own type, and the tiles of a chunk in float64, in the four rows of ``room``.
+    A tile is summed in the array's own type, and the tiles of a chunk in float64, in the four rows of ``pool``.
     """
     lanes = sums.shape[1]
     narrow_total, narrow_squares, shift = sums[0], sums[1], sums[2]
     mean, m2 = row(moments[0], 0, lanes), row(moments[1], 0, lanes)
-    total, squares = row(room[0], 0, lanes), row(room[1], 0, lanes)
+    total, squares = row(pool[0], 0, lanes), row(pool[1], 0, lanes)
     n = total_weight(weights, 0, rows)
     fill(mean, 0.0)
     fill(m2, 0.0)
@@ -234,7 +234,7 @@ def chunk_lane_moments(x, weights, first, stride, rows, sums, room, moments):
     settle_rows(total, mean)
     settle_rows(squares, m2)
     if conclude(total, squares, shift, n, mean, m2) > 0:
-        near, rest = row(room[2], 0, lanes), row(room[3], 0, lanes)
+        near, rest = row(pool[2], 0, lanes), row(pool[3], 0, lanes)
         careful_lane_sums(x, weights, first, stride, rows, n, total, squares, rest, near)
         for i in range(lanes):
             if m2[i] < 0.0:

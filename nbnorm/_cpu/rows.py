@@ -37,7 +37,7 @@ SUM_COLUMNS = 1024
 
 @Twins
 def forward_kernel(g, x, y, weight, bias, eps, mean, m2, rstd):
-    """One band per task: the moments of a row or two, then their normalization from cache."""
+    """One band per task: the moments of a row, or of a few short ones, then their normalization from cache."""
     for band in prange(unpack(g).bands):
         forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd)
 

@@ -22,8 +22,8 @@ from nbnorm._math import by_type
 # As many bytes as the loops over elements take in one step: blocks of one line are not vectorized.
 BLOCK = 4 * LINE
 # Neighbours that are worth it: of shorter ones too many lines are not whole (benchmarks/choices.py). Lanes may be
-# fewer, since the rows of a block mostly lie one behind the other; 512 were measured, 256 are reasoned. Halves lose up
-# to 1600, win from 2048 on.
+# fewer, since the rows of a block mostly lie one behind the other; 512 were measured, 256 are reasoned. Halves, as
+# neighbours or as lanes, lose up to 1600 and win from 2048 on, the most that a block of lanes has.
 SHORTEST = 768
 SHORTEST_LANES = 256
 SHORTEST_HALVES = 2048
@@ -55,7 +55,10 @@ def remote() -> bool:
 
 
 def worthwhile(size: int, neighbours: int, halves: bool, shortest: int = SHORTEST) -> bool:
-    """Whether arrays of so many bytes together do not stay in the caches, and enough lines are whole."""
+    """Whether arrays of so many bytes together do not stay in the caches, and enough lines are whole.
+
+    ``shortest`` is meant for other types than halves.
+    """
     return neighbours >= (SHORTEST_HALVES if halves else shortest) and size > last_level()
 
 
