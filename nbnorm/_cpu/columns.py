@@ -60,6 +60,7 @@ def passes_kernel(g, x, y, weight, bias, residual, activation, weights, eps, mea
     """
     cut = unpack(g)
     blocks, chunks, block = cut.batch * cut.blocks, cut.chunks, cut.block
+    # Room for both in any case: Numba's parallel loops cannot take an array that may be None.
     moments, terms = np.empty((blocks, chunks, 2, block)), scratch((blocks, 3, block), x)
     if m2 is not None:
         for task in prange(blocks * chunks):

@@ -18,15 +18,15 @@ from nbnorm._view import View
 # Samples whose terms of the parameters' gradients are added at once, so that their sums are read and written once.
 FOUR = 4
 # Short rows are taken together, pass after pass: the sums of one do not wait for the coefficients of another, and
-# those of all are computed side by side, in up to a third less time than row by row. Of longer rows the passes had
+# those of all are computed side by side, in up to two fifths less time than row by row. Of longer rows the passes had
 # better follow one another: 512 columns past the caches take a quarter less time then (AMD EPYC with AVX-512,
 # benchmarks/choices.py).
 ROWS = 8
 SHORT_ROW = 256
 SHORT_PAIR = 128  # of x and dy
-# Columns up to which forward asks for the next rows before it normalizes these: 0.82 to 1.04 of the time, 0.92 to 1.13
-# with rows of 2048, 1.06 to 1.13 with rows of 4096 (benchmarks/choices.py; Emerald Rapids). Asking for them piece by
-# piece in between took 0.83 to 1.16 of that.
+# Columns up to which forward asks for the next rows before it normalizes these, where the last-level cache is remote:
+# 0.82 to 1.04 of the time there, 0.92 to 1.13 with rows of 2048, 1.06 to 1.13 with rows of 4096 (Emerald Rapids); where
+# it is near, 0.97 to 1.21 (AMD EPYC with AVX-512; benchmarks/choices.py).
 FETCHED = 1024
 # Samples of a band at most: their terms of the parameters' gradients are summed in the array's own type, in chains of
 # 16 additions of four terms each, before float64 takes over. Fewer where there would be less than MIN_BANDS bands, but
