@@ -117,22 +117,9 @@ def grad_sums(
     if view.traversal == "rows":
         gradients: Sums = _walk("rows").backward(view, x, dy, None, mean, rstd, None, True)
         return gradients
-    sums = _slot_sums(view, x, dy, mean, rstd, epilogue, mask)
-    return _by_parameter(view, sums)
-
-
-def _slot_sums(
-    view: View, x: Array, dy: Array, mean: Array | None, rstd: Array, epilogue: Epilogue, mask: Mask | None
-) -> Sums:
-    """Sums of dz and of dz * x_hat over every run of every slot, shape (slots, width)."""
     sums = _no_sums(view)
-    if view.size:
-        walk = _walk(view.traversal)
-        options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
-        threads = threads_for(view.size)
-        g = walk.geometry(view, threads, mask is not None)
-        walk.grad_sums_kernel(threads, g, flat(x), flat(dy), mean, rstd, *options, *sums)
-    return sums
+    _gradients(view, x, dy, None, None, mean, rstd, epilogue, sums, 0.0, mask, None)
+    return _by_parameter(view, sums)
 
 
 def _no_sums(view: View) -> Sums:
@@ -157,18 +144,23 @@ def input_grad(
 
     For norms whose every slot has parameters of its own.
     """
-    if view.size:
-        slot_sums = _no_sums(view) if sums is None else np.stack(sums)[:, :, np.newaxis]
-        _input_grad(view, x, dy, dx, dresidual, mean, rstd, epilogue, slot_sums, count, mask, sums is None)
+    slot_sums = _no_sums(view) if sums is None else np.stack(sums)[:, :, np.newaxis]
+    _gradients(view, x, dy, dx, dresidual, mean, rstd, epilogue, slot_sums, count, mask, sums is None)
 
 
-def _input_grad(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, mask, constant):
-    walk = _walk(view.traversal)
-    arrays = (flat(x), flat(dy), flat(dx), optional(dresidual), mean, rstd)
+def _gradients(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, mask, constant):
+    """Write dx, unless it is None, and the sums, unless ``constant`` says what given ones are for; not for rows."""
+    if not view.size:
+        return
+    walk, threads, masked = _walk(view.traversal), threads_for(view.size), mask is not None
+    g = walk.geometry(view, threads, masked, 0 if dx is None else 3 * x.nbytes, x.itemsize < 4)
+    arrays = (flat(x), flat(dy), optional(dx), optional(dresidual), mean, rstd)
     options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
-    threads = threads_for(view.size)
-    g = walk.geometry(view, threads, mask is not None, 3 * x.nbytes, x.itemsize < 4)
-    walk.input_grad_kernel(threads, g, *arrays, *options, *sums, *_counts(count), constant)
+    team = walk.fused(view, threads, masked) if dx is not None and constant is None else 0
+    if team:
+        walk.backward_kernel(team, g, *arrays, *options, *sums, *_counts(count))
+    else:
+        walk.gradient_passes_kernel(threads, g, *arrays, *options, *sums, *_counts(count), constant)
 
 
 def _counts(count: float | Array) -> tuple[float, Array | None]:
@@ -189,19 +181,8 @@ def backward(
             view, x, dy, dx, mean, rstd, epilogue.weight, with_parameters
         )
         return gradients
-    threads = threads_for(view.size)
-    walk = _walk(view.traversal)
-    team = walk.fused(view, threads, mask is not None) if view.size else 0
-    if not team:
-        sums = _slot_sums(view, x, dy, mean, rstd, epilogue, mask)
-        if view.size:
-            _input_grad(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, mask, False)
-    else:
-        sums = _no_sums(view)
-        arrays = (flat(x), flat(dy), flat(dx), optional(dresidual), mean, rstd)
-        options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
-        g = walk.geometry(view, threads, mask is not None, 3 * x.nbytes, x.itemsize < 4)
-        walk.backward_kernel(team, g, *arrays, *options, *sums, *_counts(count))
+    sums = _no_sums(view)
+    _gradients(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, mask, None)
     return _by_parameter(view, sums)
 
 

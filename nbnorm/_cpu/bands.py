@@ -31,6 +31,9 @@ from nbnorm._cpu.tiles import (
 )
 from nbnorm._math import affine, gradient_terms, merge, recentered, rounded
 
+# Columns over which the sums of all bands are added before the next ones.
+SUM_COLUMNS = 1024
+
 
 @inlined
 def value_of(statistic, r):
@@ -277,11 +280,20 @@ def backward_band(g, x, dy, dx, band, mean, rstd, weight, own):
 
 
 @helper
-def add_bands(sums, total, rest, i, first, n, bands):
-    """Add sum ``i`` (of dz, of dz * x_hat) of all bands over some columns."""
-    own, own_rest = row(total[i], first, n), row(rest[i], first, n)
-    fill(own, 0.0)
-    fill(own_rest, 0.0)
-    for band in range(bands):
-        add_rows(own, own_rest, row(sums[band, i], first, n))
-    settle_rows(own, own_rest)
+def column_tasks(sums):
+    """How many tasks share the columns of the parameters' sums."""
+    return -(-sums.shape[2] // SUM_COLUMNS)
+
+
+@helper
+def add_bands(sums, total, rest, task):
+    """Add the sums (of dz, of dz * x_hat) of all bands, in order, over the columns of a task."""
+    first = task * SUM_COLUMNS
+    n = min(SUM_COLUMNS, sums.shape[2] - first)
+    for i in range(2):
+        own, own_rest = row(total[i], first, n), row(rest[i], first, n)
+        fill(own, 0.0)
+        fill(own_rest, 0.0)
+        for band in range(sums.shape[0]):
+            add_rows(own, own_rest, row(sums[band, i], first, n))
+        settle_rows(own, own_rest)

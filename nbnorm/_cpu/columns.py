@@ -30,8 +30,7 @@ __all__ = [
     "forward_kernel",
     "fused",
     "geometry",
-    "grad_sums_kernel",
-    "input_grad_kernel",
+    "gradient_passes_kernel",
     "passes_kernel",
 ]
 
@@ -79,56 +78,42 @@ def passes_kernel(g, x, y, weight, bias, residual, activation, weights, eps, mea
 
 
 @Twins
-def grad_sums_kernel(
-    g, x, dy, mean, rstd, weight, bias, residual, activation, weights, sum_dz, sum_dz_x_hat
-):  # fmt: skip
-    """One chunk of a block per task, then one block per task; reads x and dy once."""
-    cut = unpack(g)
-    blocks, chunks = cut.batch * cut.blocks, cut.chunks
-    lane_sums = np.empty((blocks, chunks, 4, cut.block))
-    terms = scratch((blocks, 8, cut.block), x)
-    for index in prange(blocks):
-        spread_affine(g, index, mean, rstd, None, None, terms[index], 0)
-        spread_activation(g, index, mean, rstd, weight, bias, activation, terms[index])
-    for task in prange(blocks * chunks):
-        index = task // chunks
-        chunk_grad_sums(
-            g, x, dy, residual, activation, weights, index, task % chunks, terms[index], lane_sums[index]
-        )
-    for index in prange(blocks):
-        block_grad_sums(g, index, mean, rstd, terms[index], lane_sums[index], sum_dz, sum_dz_x_hat)
-
-
-@Twins
-def input_grad_kernel(
+def gradient_passes_kernel(
     g, x, dy, dx, dresidual, mean, rstd, weight, bias, residual, activation, weights, sum_dz, sum_dz_x_hat,
     count, counts, constant,
 ):  # fmt: skip
-    """One chunk of a block per task; reads x and dy and writes dx once."""
+    """One chunk of a block per task, pass after pass: x and dy are read for their sums and for dx, if it is wanted.
+
+    Sums are given where it is said whether the statistics are constants.
+    """
     cut = unpack(g)
-    blocks, chunks = cut.batch * cut.blocks, cut.chunks
-    terms = scratch((blocks, 8, cut.block), x)
+    blocks, chunks, block = cut.batch * cut.blocks, cut.chunks, cut.block
+    fixed = False if constant is None else constant
+    lane_sums = np.empty((blocks, chunks if constant is None else 0, 4, block))
+    terms = scratch((blocks, 8, block), x)
     for index in prange(blocks):
-        spread_gradient_terms(
-            g, index, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, constant, terms[index]
-        )
+        spread_affine(g, index, mean, rstd, None, None, terms[index], 0)
         spread_activation(g, index, mean, rstd, weight, bias, activation, terms[index])
-    for task in prange(blocks * chunks):
-        index = task // chunks
-        input_grad_chunk(
-            g,
-            x,
-            dy,
-            dx,
-            dresidual,
-            residual,
-            activation,
-            weights,
-            index,
-            task % chunks,
-            terms[index],
-            constant,
-        )
+    if constant is None:
+        for task in prange(blocks * chunks):
+            index, chunk = task // chunks, task % chunks
+            chunk_grad_sums(
+                g, x, dy, residual, activation, weights, index, chunk, terms[index], lane_sums[index]
+            )
+    for index in prange(blocks):
+        own = terms[index]
+        if constant is None:
+            block_grad_sums(g, index, mean, rstd, own, lane_sums[index], sum_dz, sum_dz_x_hat)
+        if dx is not None:
+            spread_gradient_terms(
+                g, index, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, fixed, own
+            )
+    if dx is not None:
+        for task in prange(blocks * chunks):
+            index, chunk = task // chunks, task % chunks
+            input_grad_chunk(
+                g, x, dy, dx, dresidual, residual, activation, weights, index, chunk, terms[index], fixed
+            )
 
 
 @Twins

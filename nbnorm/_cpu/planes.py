@@ -37,8 +37,7 @@ __all__ = [
     "forward_kernel",
     "fused",
     "geometry",
-    "grad_sums_kernel",
-    "input_grad_kernel",
+    "gradient_passes_kernel",
     "passes_kernel",
 ]
 
@@ -84,37 +83,38 @@ def passes_kernel(g, x, y, weight, bias, residual, activation, weights, eps, mea
 
 
 @Twins
-def grad_sums_kernel(
-    g, x, dy, mean, rstd, weight, bias, residual, activation, weights, sum_dz, sum_dz_x_hat
-):  # fmt: skip
-    """One chunk of some slots per task, then the chunks of each slot in order; reads x and dy once."""
-    cut = unpack(g)
-    sums = np.zeros((cut.group * cut.chunks, 4, cut.width))
-    for task in prange(tasks(g)):
-        slot, slots, chunk = neighbours(g, task)
-        chunk_grad_sums(
-            g, x, dy, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums
-        )
-    for slot in range(cut.group):
-        slot_sums(g, slot, sums, sum_dz, sum_dz_x_hat)
-
-
-@Twins
-def input_grad_kernel(
+def gradient_passes_kernel(
     g, x, dy, dx, dresidual, mean, rstd, weight, bias, residual, activation, weights, sum_dz, sum_dz_x_hat,
     count, counts, constant,
 ):  # fmt: skip
-    """One chunk of some slots per task; reads x and dy and writes dx once."""
-    group = unpack(g).group
-    terms = np.empty((group, 5))
-    for k in prange(group):
-        slot_terms(g, x, k, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, constant, terms)
-    for task in prange(tasks(g)):
-        slot, slots, chunk = neighbours(g, task)
-        input_grad_chunk(
-            g, x, dy, dx, dresidual, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights,
-            terms, constant,
-        )  # fmt: skip
+    """One chunk of some slots per task, pass after pass: x and dy are read for their sums and for dx, if it is wanted.
+
+    Sums are given where it is said whether the statistics are constants.
+    """
+    cut = unpack(g)
+    fixed = False if constant is None else constant
+    sums = np.zeros((cut.group * cut.chunks if constant is None else 0, 4, cut.width))
+    terms = np.empty((cut.group, 5))
+    if constant is None:
+        for task in prange(tasks(g)):
+            slot, slots, chunk = neighbours(g, task)
+            chunk_grad_sums(
+                g, x, dy, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums
+            )
+    for k in prange(cut.group):
+        if constant is None:
+            slot_sums(g, k, sums, sum_dz, sum_dz_x_hat)
+        if dx is not None:
+            slot_terms(
+                g, x, k, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, fixed, terms
+            )
+    if dx is not None:
+        for task in prange(tasks(g)):
+            slot, slots, chunk = neighbours(g, task)
+            input_grad_chunk(
+                g, x, dy, dx, dresidual, slot, slots, chunk, mean, rstd, weight, bias, residual, activation,
+                weights, terms, fixed,
+            )  # fmt: skip
 
 
 @Twins

@@ -15,12 +15,13 @@ from nbnorm._cpu.bands import (
     apply_chunk,
     backward_band,
     chunk_grad_sums,
+    column_tasks,
     forward_band,
     input_grad_band,
     value_of,
 )
 from nbnorm._cpu.halves import computing
-from nbnorm._cpu.launch import Twins, flat, line, threads_for
+from nbnorm._cpu.launch import Twins, flat, line, optional, threads_for
 from nbnorm._cpu.memory import row
 from nbnorm._cpu.spans import band_count, fused, geometry, span, unpack
 from nbnorm._cpu.tiles import entry, line_moments
@@ -28,11 +29,8 @@ from nbnorm._math import merge, reciprocal_std
 from nbnorm._view import View
 
 __all__ = [
-    "backward", "forward_kernel", "fused", "geometry", "grad_sums_kernel", "input_grad_kernel", "passes_kernel",
+    "backward", "backward_kernel", "forward_kernel", "fused", "geometry", "gradient_passes_kernel", "passes_kernel",
 ]  # fmt: skip
-
-# Columns over which the sums of all bands are added before the next ones.
-SUM_COLUMNS = 1024
 
 
 @Twins
@@ -73,51 +71,38 @@ def passes_kernel(g, x, y, weight, bias, eps, mean, m2, rstd):
 
 
 @Twins
-def grad_sums_kernel(g, x, dy, mean, rstd, weight, sum_g, sum_g_x_hat):
-    """One chunk of a row per task, then the chunks of each row in order; reads x and dy once."""
+def gradient_passes_kernel(g, x, dy, dx, mean, rstd, weight, sums, total, rest):
+    """One chunk per task, pass after pass: x and dy are read for the sums of rows and for gradients."""
     cut = unpack(g)
-    chunks = cut.chunks
-    part_sums = np.empty((cut.rows * chunks, 2))
-    for task in prange(cut.rows * chunks):
-        r = task // chunks
-        own = part_sums[task]
-        own[0], own[1] = chunk_grad_sums(g, x, dy, r, task % chunks, value_of(mean, r), rstd[r], weight)
-    for r in prange(cut.rows):
-        a = b = 0.0
-        for i in range(r * chunks, (r + 1) * chunks):
-            a += part_sums[i, 0]
-            b += part_sums[i, 1]
-        sum_g[r], sum_g_x_hat[r] = a, b
-
-
-@Twins
-def add_bands_kernel(sums, total, rest):
-    """Sums of the parameters over all bands, in order, some columns at a time."""
-    bands, parameters = sums.shape[0], sums.shape[2]
-    for task in prange(-(-parameters // SUM_COLUMNS)):
-        first = task * SUM_COLUMNS
-        n = min(SUM_COLUMNS, parameters - first)
-        for i in range(2):
-            add_bands(sums, total, rest, i, first, n, bands)
-
-
-@Twins
-def input_grad_kernel(g, x, dy, dx, mean, rstd, weight, sum_g, sum_g_x_hat, sums):
-    """One chunk of the columns of a band per task; reads x and dy and writes dx, if there is room for it, once."""
-    cut = unpack(g)
-    chunks = cut.chunks
+    rows, chunks = cut.rows, cut.chunks
+    part_sums, sum_g, sum_g_x_hat = np.empty((rows * chunks, 2)), np.zeros(rows), np.zeros(rows)
+    if dx is not None:
+        for task in prange(rows * chunks):
+            r = task // chunks
+            own = part_sums[task]
+            own[0], own[1] = chunk_grad_sums(g, x, dy, r, task % chunks, value_of(mean, r), rstd[r], weight)
+        for r in prange(rows):
+            for i in range(r * chunks, (r + 1) * chunks):
+                sum_g[r] += part_sums[i, 0]
+                sum_g_x_hat[r] += part_sums[i, 1]
     for task in prange(cut.bands * chunks):
         band, chunk = task // chunks, task % chunks
         input_grad_band(
             g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_x_hat, entry(sums, band)
         )  # fmt: skip
+    if sums is not None:
+        for task in prange(column_tasks(sums)):
+            add_bands(sums, total, rest, task)
 
 
 @Twins
-def backward_kernel(g, x, dy, dx, mean, rstd, weight, sums):
-    """One band per task: the sums over a few rows, then their gradients from cache."""
+def backward_kernel(g, x, dy, dx, mean, rstd, weight, sums, total, rest):
+    """One band per task: the sums over a few rows, then their gradients from cache; at last all bands together."""
     for band in prange(unpack(g).bands):
         backward_band(g, x, dy, dx, band, mean, rstd, weight, entry(sums, band))
+    if sums is not None:
+        for task in prange(column_tasks(sums)):
+            add_bands(sums, total, rest, task)
 
 
 def backward(
@@ -130,22 +115,11 @@ def backward(
         return np.zeros(parameters), np.zeros(parameters)
     threads = threads_for(view.size)
     g = geometry(view, threads, False, 0 if dx is None else 3 * x.nbytes, x.itemsize < 4)
-    own_weight = line(weight)
-    arrays = (flat(x), flat(dy), None if dx is None else flat(dx), mean, rstd, own_weight)
-    sums = (
-        np.empty((band_count(view, threads), 2, parameters), computing(x.dtype)) if with_parameters else None
-    )
-    team = fused(view, threads)
-    if dx is not None and team:
-        backward_kernel(team, g, *arrays, sums)
-    else:
-        sum_g = sum_g_x_hat = None
-        if dx is not None:
-            sum_g, sum_g_x_hat = np.empty((2, view.slots))
-            grad_sums_kernel(threads, g, *arrays[:2], mean, rstd, own_weight, sum_g, sum_g_x_hat)
-        input_grad_kernel(threads, g, *arrays, sum_g, sum_g_x_hat, sums)
-    if sums is None:
-        return np.zeros(0), np.zeros(0)
-    totals = np.empty((2, 2, parameters))
-    add_bands_kernel(threads_for(sums.size), sums, totals[0], totals[1])
-    return totals[0, 0], totals[0, 1]
+    sums = total = rest = None
+    if with_parameters:
+        sums = np.empty((band_count(view, threads), 2, parameters), computing(x.dtype))
+        total, rest = np.empty((2, 2, parameters))
+    team = fused(view, threads) if dx is not None else 0
+    start = backward_kernel if team else gradient_passes_kernel
+    start(team or threads, g, flat(x), flat(dy), optional(dx), mean, rstd, line(weight), sums, total, rest)
+    return (np.zeros(0), np.zeros(0)) if total is None else (total[0], total[1])
