@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from nbnorm._activation import activation_gradient
 from nbnorm._cpu.halves import widen
-from nbnorm._cpu.lanes import TILE_ROWS, fill, row_weight, summed
+from nbnorm._cpu.lanes import TILE_ROWS, fill, odd, row_weight, summed
 from nbnorm._cpu.launch import contracted, helper, loop
 from nbnorm._cpu.memory import row
 from nbnorm._cpu.tiles import add_rows, before_activation, part
@@ -84,6 +84,7 @@ def chunk_lane_grad_sums(
 ):
     """Sums of dz and dz * x_hat of each lane of a block over whole rows and one spare row of fewer lanes.
 
+    Rows are taken four at once, one of each quarter of a tile, as `shifted_lane_sums` takes eight.
     ``lane_sums`` takes both totals, each followed by what rounding leaves out of it.
     """
     n = sums.shape[1]
@@ -95,13 +96,16 @@ def chunk_lane_grad_sums(
         fill(dz_x_hat, 0)
         r, end = start, min(start + TILE_ROWS, rows)
         while r + 4 <= end:
-            i = first + r * stride
-            xa, a = summands(x, dy, residual, weights, terms, activation, room, i, n, r, 0)
-            xb, b = summands(x, dy, residual, weights, terms, activation, room, i + stride, n, r + 1, 1)
-            xc, c = summands(x, dy, residual, weights, terms, activation, room, i + 2 * stride, n, r + 2, 2)
-            xd, d = summands(x, dy, residual, weights, terms, activation, room, i + 3 * stride, n, r + 3, 3)
-            push_four_grads(dz, dz_x_hat, mean_hi, rstd, xa, xb, xc, xd, a, b, c, d)
-            r += 4
+            apart = odd((end - r) // 4)
+            step = apart * stride
+            for ra in range(r, r + apart):
+                i, rb, rc, rd = first + ra * stride, ra + apart, ra + 2 * apart, ra + 3 * apart
+                xa, a = summands(x, dy, residual, weights, terms, activation, room, i, n, ra, 0)
+                xb, b = summands(x, dy, residual, weights, terms, activation, room, i + step, n, rb, 1)
+                xc, c = summands(x, dy, residual, weights, terms, activation, room, i + 2 * step, n, rc, 2)
+                xd, d = summands(x, dy, residual, weights, terms, activation, room, i + 3 * step, n, rd, 3)
+                push_four_grads(dz, dz_x_hat, mean_hi, rstd, xa, xb, xc, xd, a, b, c, d)
+            r += 4 * apart
         while r < end:
             i = first + r * stride
             xa, a = summands(x, dy, residual, weights, terms, activation, room, i, n, r, 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from nbnorm._cpu.halves import widen
-from nbnorm._cpu.lanes import TILE_ROWS, fill, row_weight
+from nbnorm._cpu.lanes import TILE_ROWS, fill, odd, row_weight
 from nbnorm._cpu.launch import contracted, helper
 from nbnorm._cpu.memory import row
 from nbnorm._cpu.tiles import about_mean, add_rows, corrected, part, settle_rows, trusted
@@ -126,7 +126,11 @@ def choose_shift(x, weights, first, stride, rows, shift):
 
 @helper
 def shifted_lane_sums(x, weights, first, stride, rows, total, squares, shift):
-    """Sum a tile about the shifts; rows without weight are not looked at."""
+    """Sum a tile about the shifts; rows without weight are not looked at.
+
+    Of the eight rows that are taken at once, each is the next of its own eighth of the tile: eight long walks along
+    memory, which the processor reads ahead of, where eight neighbouring rows would be many short ones.
+    """
     n = total.shape[0]
     fill(total, 0)
     fill(squares, 0)
@@ -135,19 +139,19 @@ def shifted_lane_sums(x, weights, first, stride, rows, total, squares, shift):
             if weights[r] > 0:
                 push(total, squares, shift, row(x, first + r * stride, n), weights[r])
         return
-    end = first + rows * stride
-    while first + 8 * stride <= end:
-        push_eight(
-            total, squares, shift,
-            row(x, first, n), row(x, first + stride, n),
-            row(x, first + 2 * stride, n), row(x, first + 3 * stride, n),
-            row(x, first + 4 * stride, n), row(x, first + 5 * stride, n),
-            row(x, first + 6 * stride, n), row(x, first + 7 * stride, n),
-        )  # fmt: skip
-        first += 8 * stride
-    while first < end:
-        push(total, squares, shift, row(x, first, n), None)
-        first += stride
+    while rows >= 8:
+        apart = odd(rows // 8)
+        step = apart * stride
+        for i in range(first, first + step, stride):
+            push_eight(
+                total, squares, shift,
+                row(x, i, n), row(x, i + step, n), row(x, i + 2 * step, n), row(x, i + 3 * step, n),
+                row(x, i + 4 * step, n), row(x, i + 5 * step, n), row(x, i + 6 * step, n), row(x, i + 7 * step, n),
+            )  # fmt: skip
+        first += 8 * step
+        rows -= 8 * apart
+    for r in range(rows):
+        push(total, squares, shift, row(x, first + r * stride, n), None)
 
 
 @helper

@@ -25,6 +25,15 @@ def fill(values, value):
 
 
 @helper
+def odd(n):
+    """Largest odd number up to ``n``.
+
+    Rows that are taken at once lie so many apart: by a power of two, all would claim the same places of a cache.
+    """
+    return n - 1 + n % 2
+
+
+@helper
 def copy_row(target, source):
     """Copy a row, compiled as fast as `fill`."""
     for i in range(target.shape[0]):
