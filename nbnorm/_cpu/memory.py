@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from nbnorm._cpu.row_type import Row, data_of, emit_row
 from nbnorm._math import by_type
 
 LINE = 64  # bytes that go from memory to a cache, or back, together
 
 
-def emit_view(context: Any, builder: Any, result: Any, data: Any, size: Any) -> Any:
-    """Emit an array of one dimension over memory that it neither owns nor counts references of."""
-    from numba.np.arrayobj import populate_array  # `import numba` does without, and so does ours
-
-    view = context.make_array(result)(context, builder)
-    itemsize = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(result.dtype)))
-    populate_array(view, data=data, shape=[size], strides=[itemsize], itemsize=itemsize, meminfo=None)
-    return view._getvalue()
-
-
 def row(x, first, n):
-    """Neighbours of a line of memory as an array of their own, whose loops start at 0: others do not vectorize.
+    """Neighbours of a line of memory on their own, whose loops start at 0: others do not vectorize.
 
-    Compiled it checks nothing and does not keep the memory alive, which is why it costs nothing: ``x`` has to be an
-    argument of the function that calls this.
+    Compiled it is a `Row`, which checks nothing and does not keep the memory alive: ``x`` has to be an argument of the
+    function that calls this.
     """
     assert 0 <= first <= first + n <= x.shape[0], (first, n, x.shape)
     return x[first : first + n]
@@ -50,11 +39,11 @@ def _whole(x):
 
 @intrinsic
 def _borrowed(typingctx, x, first, n):
-    result = types.Array(x.dtype, 1, "C", readonly=not x.mutable)
+    result = Row(x.dtype, x.mutable)
 
     def generate(context, builder, signature, args):
-        source = context.make_array(x)(context, builder, args[0])
-        return emit_view(context, builder, result, builder.gep(source.data, [args[1]]), args[2])
+        data = builder.gep(data_of(context, builder, x, args[0]), [args[1]])
+        return emit_row(context, builder, result, data, args[2])
 
     return result(x, types.intp, types.intp), generate
 
@@ -71,7 +60,7 @@ def _fetch(x, i):
 @intrinsic
 def _fetched(typingctx, x, i):
     def generate(context, builder, signature, args):
-        data = builder.gep(context.make_array(x)(context, builder, args[0]).data, [args[1]])
+        data = builder.gep(data_of(context, builder, x, args[0]), [args[1]])
         address = builder.bitcast(data, ir.IntType(8).as_pointer())
         number = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [address.type, number, number, number])

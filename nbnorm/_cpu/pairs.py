@@ -12,7 +12,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from nbnorm._cpu.halves import round_to_bfloat
-from nbnorm._cpu.memory import emit_view
+from nbnorm._cpu.row_type import Row, data_of, emit_row, size_of
 
 _FLOAT, _WORD = ir.FloatType(), ir.IntType(32)
 _SHIFT, _UPPER = _WORD(16), _WORD(0xFFFF0000)
@@ -20,17 +20,14 @@ _SHIFT, _UPPER = _WORD(16), _WORD(0xFFFF0000)
 
 @intrinsic
 def words(typingctx, x):
-    """View neighbours as words, wherever in memory they start; an odd last one is left out.
-
-    As for `memory.row`, x has to be an argument of the function that calls this.
-    """
-    result = types.Array(types.uint32, 1, "C", readonly=not x.mutable, aligned=False)
+    """View a row as words, wherever in memory it starts; an odd last element is left out."""
+    result = Row(types.uint32, x.mutable, aligned=False)
 
     def generate(context, builder, signature, args):
-        source = context.make_array(x)(context, builder, args[0])
-        data = builder.bitcast(source.data, context.get_data_type(types.uint32).as_pointer())
-        size = builder.lshr(builder.extract_value(source.shape, 0), context.get_constant(types.intp, 1))
-        return emit_view(context, builder, result, data, size)
+        word = context.get_data_type(types.uint32)
+        data = builder.bitcast(data_of(context, builder, x, args[0]), word.as_pointer())
+        size = builder.lshr(size_of(builder, args[0]), context.get_constant(types.intp, 1))
+        return emit_row(context, builder, result, data, size)
 
     return result(x), generate
 

@@ -16,7 +16,8 @@ from numba import types
 from numba.extending import intrinsic, overload
 
 from nbnorm._cpu.launch import inlined
-from nbnorm._cpu.memory import LINE, emit_view, row
+from nbnorm._cpu.memory import LINE, row
+from nbnorm._cpu.row_type import Row, data_of, element_size, emit_row
 from nbnorm._math import by_type
 
 # As many bytes as the loops over elements take in one step: blocks of one line are not vectorized.
@@ -119,7 +120,7 @@ def _finish(streamed):
 
 @intrinsic
 def _room(typingctx, y):
-    result = types.Array(y.dtype, 1, "C")
+    result = Row(y.dtype, True)
 
     def generate(context, builder, signature, args):
         element = context.get_data_type(y.dtype)
@@ -128,7 +129,7 @@ def _room(typingctx, y):
             room = builder.alloca(ir.ArrayType(element, n))
         room.align = LINE
         data = builder.bitcast(room, element.as_pointer())
-        return emit_view(context, builder, result, data, context.get_constant(types.intp, n))
+        return emit_row(context, builder, result, data, context.get_constant(types.intp, n))
 
     return result(y), generate
 
@@ -137,8 +138,8 @@ def _room(typingctx, y):
 def _stored(typingctx, block, y, first):
     def generate(context, builder, signature, args):
         word = context.get_value_type(types.intp)
-        source = context.make_array(block)(context, builder, args[0]).data
-        target = builder.gep(context.make_array(y)(context, builder, args[1]).data, [args[2]])
+        source = data_of(context, builder, block, args[0])
+        target = builder.gep(data_of(context, builder, y, args[1]), [args[2]])
         streamed = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
         # As much as one vector becomes, half a line of halves: a whole line would be put together from two in memory.
         size = LINE if block.dtype.bitwidth > 16 else LINE // 2
@@ -156,9 +157,9 @@ def _stored(typingctx, block, y, first):
 @intrinsic
 def _distance(typingctx, x):
     def generate(context, builder, signature, args):
-        data = context.make_array(x)(context, builder, args[0]).data
+        data = data_of(context, builder, x, args[0])
         word = context.get_value_type(types.intp)
-        itemsize = word(context.get_abi_sizeof(context.get_data_type(x.dtype)))
+        itemsize = element_size(context, x)
         behind = builder.and_(builder.neg(builder.ptrtoint(data, word)), word(LINE - 1))
         aligned = builder.icmp_unsigned("==", builder.urem(behind, itemsize), word(0))
         return builder.select(aligned, builder.udiv(behind, itemsize), word(NEVER))
