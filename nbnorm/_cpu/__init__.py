@@ -149,7 +149,10 @@ def input_grad(
 
 
 def _gradients(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, mask, constant):
-    """Write dx, unless it is None, and the sums, unless ``constant`` says what given ones are for; not for rows."""
+    """Write the sums, where ``constant`` is None, and dx, if there is room for it; planes and columns.
+
+    Else sums are given, and ``constant`` says whether the statistics are constants.
+    """
     if not view.size:
         return
     walk, threads, masked = _walk(view.traversal), threads_for(view.size), mask is not None

@@ -37,7 +37,7 @@ SUM_COLUMNS = 1024
 
 @inlined
 def value_of(statistic, r):
-    """Element of the means or sums, 0 where there are none."""
+    """Element of the means, 0 where there are none."""
     return 0.0 if statistic is None else statistic[r]
 
 
@@ -241,7 +241,7 @@ def clear(g, chunk, sums):
 
 @helper
 def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_x_hat, own):
-    """Gradients of one chunk of the columns of a band, as far as there is room for them, for given sums over rows."""
+    """Gradients of one chunk of the columns of a band, as far as there is room for them; dx by the sums over rows."""
     cut = unpack(g)
     start, end = samples_of(g, band)
     terms, statistics = scratch(6 * ROWS, x), np.empty(4 * ROWS)
@@ -251,8 +251,7 @@ def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_
         for first in range(sample * cut.period, (sample + 1) * cut.period):
             for k in range(rows):
                 r = first + k * cut.period
-                a, b = value_of(sum_g, r), value_of(sum_g_x_hat, r)
-                note(statistics, k, value_of(mean, r), rstd[r], a, b)
+                note(statistics, k, value_of(mean, r), rstd[r], sum_g[r], sum_g_x_hat[r])
             fill_terms(terms, statistics, rows, np.float64(cut.inner), mean is not None)
             finish_rows(g, x, dy, dx, first, rows, chunk, terms, weight, own)
     finish(cut.streamed)

@@ -84,7 +84,7 @@ def gradient_passes_kernel(
 ):  # fmt: skip
     """One chunk of a block per task, pass after pass: x and dy are read for their sums and for dx, if it is wanted.
 
-    Sums are given where it is said whether the statistics are constants.
+    Where ``constant`` is None, sums are computed; else they are given, and it says whether statistics are constants.
     """
     cut = unpack(g)
     blocks, chunks, block = cut.batch * cut.blocks, cut.chunks, cut.block
@@ -92,7 +92,8 @@ def gradient_passes_kernel(
     lane_sums = np.empty((blocks, chunks if constant is None else 0, 4, block))
     terms = scratch((blocks, 8, block), x)
     for index in prange(blocks):
-        spread_affine(g, index, mean, rstd, None, None, terms[index], 0)
+        if constant is None:
+            spread_affine(g, index, mean, rstd, None, None, terms[index], 0)
         spread_activation(g, index, mean, rstd, weight, bias, activation, terms[index])
     if constant is None:
         for task in prange(blocks * chunks):

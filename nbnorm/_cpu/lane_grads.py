@@ -84,7 +84,7 @@ def chunk_lane_grad_sums(
 ):
     """Sums of dz and dz * x_hat of each lane of a block over whole rows and one spare row of fewer lanes.
 
-    Rows are taken four at once, one of each quarter of a tile, as `shifted_lane_sums` takes eight.
+    Rows are taken four at once, each of nearly a quarter of a tile, as `shifted_lane_sums` takes eight.
     ``lane_sums`` takes both totals, each followed by what rounding leaves out of it.
     """
     n = sums.shape[1]

@@ -128,7 +128,7 @@ def choose_shift(x, weights, first, stride, rows, shift):
 def shifted_lane_sums(x, weights, first, stride, rows, total, squares, shift):
     """Sum a tile about the shifts; rows without weight are not looked at.
 
-    Of the eight rows that are taken at once, each is the next of its own eighth of the tile: eight long walks along
+    Of the eight rows that are taken at once, each is the next of nearly an eighth of the tile: eight long walks along
     memory, which the processor reads ahead of, where eight neighbouring rows would be many short ones.
     """
     n = total.shape[0]

@@ -15,8 +15,8 @@ LINE = 64  # bytes that go from memory to a cache, or back, together
 def row(x, first, n):
     """Neighbours of a line of memory on their own, whose loops start at 0: others do not vectorize.
 
-    Compiled it is a `Row`, which checks nothing and does not keep the memory alive: ``x`` has to be an argument of the
-    function that calls this.
+    Compiled it is a `Row`, which checks nothing and does not keep the memory alive: ``x`` must be without gaps, and an
+    argument of the function that calls this.
     """
     assert 0 <= first <= first + n <= x.shape[0], (first, n, x.shape)
     return x[first : first + n]
@@ -39,7 +39,7 @@ def _whole(x):
 
 @intrinsic
 def _borrowed(typingctx, x, first, n):
-    result = Row(x.dtype, x.mutable)
+    result = Row(x.dtype, x.mutable, x.aligned)
 
     def generate(context, builder, signature, args):
         data = builder.gep(data_of(context, builder, x, args[0]), [args[1]])

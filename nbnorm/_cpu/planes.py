@@ -89,7 +89,7 @@ def gradient_passes_kernel(
 ):  # fmt: skip
     """One chunk of some slots per task, pass after pass: x and dy are read for their sums and for dx, if it is wanted.
 
-    Sums are given where it is said whether the statistics are constants.
+    Where ``constant`` is None, sums are computed; else they are given, and it says whether statistics are constants.
     """
     cut = unpack(g)
     fixed = False if constant is None else constant

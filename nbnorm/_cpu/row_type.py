@@ -21,8 +21,8 @@ from numba.extending import (
 class Row(types.Type):
     """Neighbours in memory that somebody else owns: where they begin and how many there are.
 
-    An array is seven words, a counted reference among them, and takes indices from its end. A row does not, so that a
-    kernel full of rows is less code and compiles sooner (benchmarks/bench_start.py, before and after).
+    An array is seven words, a counted reference among them, and takes negative indices from its end. A row does not, so
+    that a kernel full of rows is less code and compiles sooner (benchmarks/bench_start.py, before and after).
     """
 
     def __init__(self, dtype: Any, mutable: bool, aligned: bool = True) -> None:
@@ -54,7 +54,7 @@ class _Attributes(AttributeTemplate):
 
 @lower_getattr(Row, "shape")
 def _shape(context, builder, row, value):
-    return context.make_tuple(builder, types.UniTuple(types.intp, 1), [size_of(builder, value)])
+    return context.make_tuple(builder, types.UniTuple(types.intp, 1), [size_of(builder, row, value)])
 
 
 @lower_getattr(Row, "itemsize")
@@ -108,8 +108,9 @@ def data_of(context: Any, builder: Any, x: Any, value: Any) -> Any:
     return context.make_array(x)(context, builder, value).data
 
 
-def size_of(builder: Any, value: Any) -> Any:
+def size_of(builder: Any, row: Row, value: Any) -> Any:
     """Emit how many elements a row has."""
+    assert isinstance(row, Row)
     return builder.extract_value(value, 1)
 
 

@@ -75,7 +75,8 @@ def gradient_passes_kernel(g, x, dy, dx, mean, rstd, weight, sums, total, rest):
     """One chunk per task, pass after pass: x and dy are read for the sums of rows and for gradients."""
     cut = unpack(g)
     rows, chunks = cut.rows, cut.chunks
-    part_sums, sum_g, sum_g_x_hat = np.empty((rows * chunks, 2)), np.zeros(rows), np.zeros(rows)
+    part_sums = np.empty((rows * chunks if dx is not None else 0, 2))
+    sum_g, sum_g_x_hat = np.zeros(rows), np.zeros(rows)
     if dx is not None:
         for task in prange(rows * chunks):
             r = task // chunks
