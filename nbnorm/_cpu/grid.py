@@ -30,7 +30,7 @@ STREAMED_LANES = 2048
 # Chunks of a block: about CHUNK values each, a power of two of them, until there are SOME, LONG values each until there
 # are MANY. Of three, five or seven equal chunks, one of two threads has one more to do. Every chunk has moments or sums
 # of its own for each lane, whose merge is one thread's work: moments of (65536, 64) in 64 chunks take 1.3 to 1.4 times
-# as long as in 16, and (512, 2048) in chunks of 32 rows 1.2 to 1.5 times as long as of CHUNK_ROWS at least (AMD
+# as long as in 16, and (512, 2048) in chunks of 32 rows 1.15 to 1.5 times as long as of CHUNK_ROWS at least (AMD
 # EPYC with AVX-512, Emerald Rapids; all of this by benchmarks/choices.py). MANY_CHUNKS and LONG_CHUNK are reasoned.
 SOME_CHUNKS = 16
 MANY_CHUNKS = 64
