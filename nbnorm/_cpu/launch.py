@@ -18,6 +18,10 @@ from nbnorm._math import INNER
 PARALLEL_MIN = 32768
 
 _OUTER: dict[str, Any] = {"error_model": "numpy", "no_cfunc_wrapper": True, "nogil": True}
+# Threads share loops that say so: otherwise Numba starts a team for every `np.zeros`, too.
+_PRANGE: dict[str, bool] = dict.fromkeys(
+    ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False
+)
 
 helper = njit(**INNER)
 # For a loop over so few elements that handing over its arrays, seven words each, would take as long.
@@ -48,7 +52,7 @@ class Twins:
 
     def __init__(self, body: Callable[..., Any]) -> None:
         self.serial = kernel(body, pipeline_class=Wide)
-        self.parallel = kernel(body, parallel=True, pipeline_class=Outer)
+        self.parallel = kernel(body, parallel=dict(_PRANGE), pipeline_class=Outer)
         self.__name__ = body.__name__
         self.__doc__ = body.__doc__
 
