@@ -6,7 +6,7 @@ import numpy as np
 
 from nbnorm._cpu.halves import scratch
 from nbnorm._cpu.lane_moments import conclude
-from nbnorm._cpu.lanes import fill
+from nbnorm._cpu.lanes import copy_row, fill
 from nbnorm._cpu.launch import helper, inlined
 from nbnorm._cpu.lines import (
     apply_block,
@@ -291,8 +291,8 @@ def add_bands(sums, total, rest, task):
     n = min(SUM_COLUMNS, sums.shape[2] - first)
     for i in range(2):
         own, own_rest = row(total[i], first, n), row(rest[i], first, n)
-        fill(own, 0.0)
+        copy_row(own, row(sums[0, i], first, n))
         fill(own_rest, 0.0)
-        for band in range(sums.shape[0]):
+        for band in range(1, sums.shape[0]):
             add_rows(own, own_rest, row(sums[band, i], first, n))
         settle_rows(own, own_rest)

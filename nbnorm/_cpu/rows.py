@@ -3,6 +3,9 @@
 The fused kernels take a band of samples per task and finish each row, or a few, while they are in cache (forward: 1
 read + 1 write of the tensor, backward: 2 reads + 1 write). Few rows are split into chunks of columns, pass after
 pass. The gradients of the parameters, which run across samples, are summed band by band and added in order.
+
+Tried and left out, on Zen 4: gradients of 512 or 1024 columns of a few long rows before those of the next columns, so
+that dx finds x and dy in the first-level cache (0.93 to 1.13 of the time, mostly 1).
 """
 
 from __future__ import annotations
