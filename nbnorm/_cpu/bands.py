@@ -16,9 +16,10 @@ from nbnorm._cpu.lines import (
     parameter_grad_line,
 )
 from nbnorm._cpu.memory import LINE, borrowed, fetch, row
-from nbnorm._cpu.spans import FOUR, ROWS, samples_of, span, unpack
+from nbnorm._cpu.spans import ROWS, samples_of, span, unpack
 from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
 from nbnorm._cpu.tiles import (
+    FOUR,
     add_rows,
     line_moments,
     nearby,

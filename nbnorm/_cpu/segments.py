@@ -76,34 +76,34 @@ def apply_words(x, y, mean_hi, scale, shift, activation):
     apply_elements(row(x, last, odd), row(y, last, odd), None, mean_hi, scale, shift, activation)
 
 
-def summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room):
-    """x and dz of one piece: as they are, or computed into ``room`` where they depend on options.
+def summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room, at):
+    """x and dz of one piece: as they are, or computed into ``room``, from ``at`` on, where they depend on options.
 
     So dz takes part in the same sums, and gives the same bits, as one that comes from outside. What neither counts
     nor has a gradient may be NaN; it takes part as 0.
     """
-    given = (x, dy, residual, weights, mean_hi, scale, shift, activation, room)
+    given = (x, dy, residual, weights, mean_hi, scale, shift, activation, room, at)
     return _summands(*given)(*given)
 
 
 @by_type(summands)
-def _summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room):
+def _summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room, at):
     if is_none(room):
-        return lambda x, dy, residual, weights, mean_hi, scale, shift, activation, room: (x, dy)
+        return lambda x, dy, residual, weights, mean_hi, scale, shift, activation, room, at: (x, dy)
     if is_none(weights):
-        return lambda x, dy, residual, weights, mean_hi, scale, shift, activation, room: (
-            x, computed_dz(x, dy, residual, mean_hi, scale, shift, activation, room)
+        return lambda x, dy, residual, weights, mean_hi, scale, shift, activation, room, at: (
+            x, computed_dz(x, dy, residual, mean_hi, scale, shift, activation, room, at)
         )  # fmt: skip
-    return lambda x, dy, residual, weights, mean_hi, scale, shift, activation, room: computed_summands(
-        x, dy, residual, weights, mean_hi, scale, shift, activation, room
+    return lambda x, dy, residual, weights, mean_hi, scale, shift, activation, room, at: computed_summands(
+        x, dy, residual, weights, mean_hi, scale, shift, activation, room, at
     )
 
 
 @loop
-def computed_dz(x, dy, residual, mean_hi, scale, shift, activation, room):
+def computed_dz(x, dy, residual, mean_hi, scale, shift, activation, room, at):
     """Write dz of one piece out."""
     n = x.shape[0]
-    dz_room = row(room[1], 0, n)
+    dz_room = row(room[1], at, n)
     for i in range(n):
         z = before_activation(widen(x[i]), residual, i, mean_hi, scale, shift)
         dz_room[i] = activation_gradient(widen(dy[i]), z, activation)
@@ -111,10 +111,10 @@ def computed_dz(x, dy, residual, mean_hi, scale, shift, activation, room):
 
 
 @loop
-def computed_summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room):
+def computed_summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room, at):
     """Write x and dz of one piece out."""
     n = x.shape[0]
-    x_room, dz_room = row(room[0], 0, n), row(room[1], 0, n)
+    x_room, dz_room = row(room[0], at, n), row(room[1], at, n)
     for i in range(n):
         value, d = widen(x[i]), widen(dy[i])
         absent = weights[i] == 0 and d == 0

@@ -9,15 +9,18 @@ from nbnorm._cpu.memory import borrowed, row
 from nbnorm._cpu.segments import apply_block, apply_segment, input_grad_segment, summands
 from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
 from nbnorm._cpu.tiles import (
+    FOUR,
     PIECE,
     TILE,
     entry,
+    in_fours,
     line_moments,
     parameter,
     part,
     piece,
     piece_grad_sums,
     room,
+    segments_grad_sums,
     slot_count,
     tile_moments,
     weighted,
@@ -119,37 +122,63 @@ def apply_chunk(g, x, y, slot, slots, chunk, mean, rstd, weight, bias, residual,
     finish(cut.streamed)
 
 
+@inlined
+def segment_summands(cut, x, dy, residual, weights, slot, r, j, start, n, coefficients, activation, room, at):
+    """`summands` of ``n`` columns of run ``j`` in row ``r``, by mean, scale and shift of `normalize`."""
+    first = (r * cut.group + slot) * cut.inner + start
+    return summands(
+        row(x, first, n), row(dy, first, n), part(residual, first, n),
+        positions(entry(weights, slot // cut.period), cut, r, j, start, n), *coefficients, activation, room, at,
+    )  # fmt: skip
+
+
+@inlined
+def note(own, j, a, b):
+    """Add to the sums of dz and of dz * x_hat of a run, and to what rounding leaves out of them."""
+    own[0, j], own[1, j] = add(own[0, j], own[1, j], a)
+    own[2, j], own[3, j] = add(own[2, j], own[3, j], b)
+
+
 @helper
 def chunk_grad_sums(
     g, x, dy, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums
 ):
     """Sums of dz and of dz * x_hat over one chunk of each of some slots, by run: total, rest, of each.
 
-    The walk is that of `chunk_moments`.
+    The walk is along memory, short segments four at once.
     """
     cut = unpack(g)
     own_room = room((2, PIECE), x, weights, activation)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
-    for r in range(r0, r0 + rows):
+    fours = in_fours(rows, min(cut.run, cols), x)
+    for r in range(r0, r0 + fours, FOUR):
         for k in range(slot, slot + slots):
+            own = sums[k * cut.chunks + chunk]
             mean_hi, hat_scale, _ = affine(mean[k], rstd[k], 1.0, 0.0, x)
-            slot_weights, own = entry(weights, k // cut.period), sums[k * cut.chunks + chunk]
-            base = (r * cut.group + k) * cut.inner
+            for j in range(first_run, end_run):
+                start, n = bounds(cut, j, c0, cols)
+                own_affine = run_affine(cut, x, k, j, mean[k], rstd[k], weight, bias)
+                given = (cut, x, dy, residual, weights, k)
+                where = (j, start, n, own_affine, activation, own_room)
+                xa, a = segment_summands(*given, r, *where, 0)
+                xb, b = segment_summands(*given, r + 1, *where, n)
+                xc, c = segment_summands(*given, r + 2, *where, 2 * n)
+                xd, d = segment_summands(*given, r + 3, *where, 3 * n)
+                note(own, j, *segments_grad_sums(xa, xb, xc, xd, a, b, c, d, mean_hi, hat_scale))
+    for r in range(r0 + fours, r0 + rows):
+        for k in range(slot, slot + slots):
+            own = sums[k * cut.chunks + chunk]
+            mean_hi, hat_scale, _ = affine(mean[k], rstd[k], 1.0, 0.0, x)
             for j in range(first_run, end_run):
                 start, size = bounds(cut, j, c0, cols)
-                _, scale, shift = run_affine(cut, x, k, j, mean[k], rstd[k], weight, bias)
-                a, a_rest, b, b_rest = own[0, j], own[1, j], own[2, j], own[3, j]
+                own_affine = run_affine(cut, x, k, j, mean[k], rstd[k], weight, bias)
                 for i in range(start, start + size, piece(x)):
-                    first, n = base + i, min(piece(x), start + size - i)
-                    x_piece, dz_piece = summands(
-                        row(x, first, n), row(dy, first, n), part(residual, first, n),
-                        positions(slot_weights, cut, r, j, i, n), mean_hi, scale, shift, activation, own_room,
-                    )  # fmt: skip
-                    piece_a, piece_b = piece_grad_sums(x_piece, dz_piece, None, mean_hi, hat_scale)
-                    a, a_rest = add(a, a_rest, piece_a)
-                    b, b_rest = add(b, b_rest, piece_b)
-                own[0, j], own[1, j], own[2, j], own[3, j] = a, a_rest, b, b_rest
+                    n = min(piece(x), start + size - i)
+                    xa, a = segment_summands(
+                        cut, x, dy, residual, weights, k, r, j, i, n, own_affine, activation, own_room, 0
+                    )
+                    note(own, j, *piece_grad_sums(xa, a, None, mean_hi, hat_scale))
     for k in range(slot, slot + slots):
         own = sums[k * cut.chunks + chunk]
         mean_hi, _, _ = affine(mean[k], rstd[k], 1.0, 0.0, x)

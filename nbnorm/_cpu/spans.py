@@ -12,11 +12,9 @@ import numpy as np
 
 from nbnorm._cpu.launch import inlined, shares
 from nbnorm._cpu.streams import remote, worthwhile
-from nbnorm._cpu.tiles import CHUNK, within
+from nbnorm._cpu.tiles import CHUNK, FOUR, within
 from nbnorm._view import View
 
-# Samples whose terms of the parameters' gradients are added at once, so that their sums are read and written once.
-FOUR = 4
 # Short rows are taken together, pass after pass: the sums of one do not wait for the coefficients of another, and
 # those of all are computed side by side, in up to two fifths less time than row by row. Of longer rows the passes had
 # better follow one another: 512 columns past the caches take a quarter less time then (AMD EPYC with AVX-512,
