@@ -176,7 +176,9 @@ def together() -> None:
 
 def rows_together() -> None:
     """Layer norm of which more and more rows are taken together, pass after pass; in cache and past it."""
-    for width, size in product((32, 96, 128, 256, 384, 512, 768, 1024, 2048), (1 << 17, 1 << 23)):
+    for width, size in product(
+        (32, 96, 128, 256, 384, 512, 768, 1024, 2048), (1 << 16, 1 << 18, 1 << 20, 1 << 23)
+    ):
         case = Case("layer", (size // width, width))
         for name, field in (("forward", "step"), ("backward", "together")):
             call, b = prepare(name, case)
@@ -184,7 +186,7 @@ def rows_together() -> None:
             assert view is not None
             chosen = spans.Cut(*rows.geometry(view, 2, False, moved(name, b)).tolist())
             own = getattr(chosen, field)
-            numbers = sorted({1, 2, 4, 8} if name == "forward" else {4, 8}, key=lambda n: n != own)
+            numbers = sorted({1, 4, 8, 16, 32} if name == "forward" else {4, 8}, key=lambda n: n != own)
             ways = {n: with_cut(rows, chosen._replace(**{field: n}), call) for n in numbers}
             show(f"rows together, {name} {case.shape}, chosen {own}", ways)
 

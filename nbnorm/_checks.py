@@ -221,6 +221,8 @@ def trailing_axes(norm: str, value: Any, ndim: int) -> int:
     """Return where the normalized axes start: an int names the last axis, a tuple the trailing ones."""
     if ndim < 1:
         raise ValueError(f"{norm} expects at least 1 dimension, got {ndim}")
+    if type(value) is int and value == -1:  # as most calls have it; small ones notice the rest
+        return ndim - 1
     axes = [axis("axis", item, ndim) for item in (value if isinstance(value, (tuple, list)) else (value,))]
     if len(set(axes)) != len(axes):
         raise ValueError(f"repeated axis in axis={value!r}")

@@ -33,7 +33,9 @@ def backward(
     needed = _needed(need, names, known)
     dy = gradient(dy, saved)
     likes = (saved.x, saved.weight, saved.bias)[: len(names)] + (saved.x,) * saved.with_residual
-    wanted = [name in needed and like is not None for name, like in zip(known, likes, strict=True)]
+    wanted = [like is not None for like in likes]
+    if needed is not known:
+        wanted = [given and name in needed for name, given in zip(known, wanted, strict=True)]
     buffers = _buffers(out, known, likes, wanted, saved)
     inputs = [wanted[0], saved.with_residual and wanted[-1]]
     dx, dresidual, sums = _differentiate(
@@ -225,7 +227,9 @@ def input_buffers(out: Any, saved: Saved) -> tuple[Array | None, Array | None]:
 def _cast(values: Array, like: Array | None, out: Array | None) -> Array:
     """Return float64 sums with the shape and dtype of a parameter, in ``out`` if it is given."""
     assert like is not None
+    if values.shape != like.shape:
+        values = values.reshape(like.shape)
     if out is None:
-        return values.reshape(like.shape).astype(like.dtype)
-    out[...] = values if values.shape == like.shape else values.reshape(like.shape)
+        return values.astype(like.dtype)
+    out[...] = values
     return out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from nbnorm._cpu.halves import scratch
-from nbnorm._cpu.lane_moments import conclude
 from nbnorm._cpu.lanes import copy_row, fill
 from nbnorm._cpu.launch import helper, inlined
 from nbnorm._cpu.lines import (
@@ -16,21 +15,20 @@ from nbnorm._cpu.lines import (
     parameter_grad_line,
 )
 from nbnorm._cpu.memory import LINE, borrowed, fetch, row
+from nbnorm._cpu.short_slots import short_moments
 from nbnorm._cpu.spans import ROWS, samples_of, span, unpack
 from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
 from nbnorm._cpu.tiles import (
     FOUR,
     add_rows,
     line_moments,
-    nearby,
     part,
     piece,
     piece_grad_sums,
     reciprocal_stds,
     settle_rows,
-    sums_about,
 )
-from nbnorm._math import affine, gradient_terms, merge, recentered, rounded
+from nbnorm._math import affine, gradient_terms, merge, recentered
 
 # Columns over which the sums of all bands are added before the next ones.
 SUM_COLUMNS = 1024
@@ -56,23 +54,6 @@ def row_moments(g, x, r, mean, m2):
     m2[r] = row_m2
     if mean is not None:
         mean[r] = row_mean
-
-
-@helper
-def short_row_moments(g, x, first, rows, shift, sums, mean, m2):
-    """Moments of rows of a tile each: the same as `row_moments`, but concluded side by side."""
-    n = unpack(g).inner
-    for k in range(rows):
-        own = row(x, (first + k) * n, n)
-        shift[k] = rounded(0.0, x) if mean is None else nearby(own)
-        _, total, squares = sums_about(own, None, shift[k])
-        sums[0, k], sums[1, k] = 0.0 if mean is None else total, squares
-    own_mean, own_m2 = row(sums[2], 0, rows) if mean is None else row(mean, first, rows), row(m2, first, rows)
-    total, squares = row(sums[0], 0, rows), row(sums[1], 0, rows)
-    if conclude(total, squares, row(shift, 0, rows), np.float64(n), own_mean, own_m2) > 0:
-        for r in range(first, first + rows):
-            if m2[r] < 0.0:
-                row_moments(g, x, r, mean, m2)
 
 
 @helper
@@ -119,13 +100,15 @@ def forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd):
     shift, sums = scratch(cut.step, x), np.empty((3, cut.step))
     for first in range(start * cut.period, end * cut.period, cut.step):
         last = min(first + cut.step, end * cut.period)
+        n = last - first
         if cut.step > 1:
-            short_row_moments(g, x, first, last - first, shift, sums, mean, m2)
+            short_moments(
+                x, first * cut.inner, cut.inner, n, 0, 1, cut.inner, shift, sums,
+                part(mean, first, n), row(m2, first, n),
+            )  # fmt: skip
         else:
             row_moments(g, x, first, mean, m2)
-        reciprocal_stds(
-            row(m2, first, last - first), np.float64(cut.inner), eps, row(rstd, first, last - first)
-        )
+        reciprocal_stds(row(m2, first, n), np.float64(cut.inner), eps, row(rstd, first, n))
         fetch_rows(g, x, last, last + cut.ahead)
         for r in range(first, last):
             for chunk in range(cut.chunks):

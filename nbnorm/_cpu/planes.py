@@ -29,6 +29,7 @@ from nbnorm._cpu.slots import (
     slot_moments,
     slot_sums,
     slot_terms,
+    slots_statistics,
 )
 from nbnorm._math import reciprocal_std
 
@@ -51,11 +52,7 @@ def forward_kernel(g, x, y, weight, bias, residual, activation, weights, eps, me
     for task in prange(-(-group // together)):
         first = task * together
         slots = min(together, group - first)
-        for chunk in range(chunks):
-            chunk_moments(g, x, weights, first, slots, chunk, moments)
-        for slot in range(first, first + slots):
-            n, mean[slot], m2[slot] = slot_moments(g, slot, moments)
-            rstd[slot] = reciprocal_std(m2[slot], n, eps)
+        slots_statistics(g, x, weights, first, slots, moments, eps, mean, m2, rstd)
         for chunk in range(chunks):
             apply_chunk(g, x, y, first, slots, chunk, mean, rstd, weight, bias, residual, activation)
 

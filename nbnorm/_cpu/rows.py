@@ -122,7 +122,7 @@ def backward(
     sums = total = rest = None
     if with_parameters:
         sums = np.empty((band_count(view, threads), 2, parameters), computing(x.dtype))
-        total, rest = np.empty((2, 2, parameters))
+        total, rest = np.empty((2, parameters)), np.empty((2, parameters))
     team = fused(view, threads) if dx is not None else 0
     start = backward_kernel if team else gradient_passes_kernel
     start(team or threads, g, flat(x), flat(dy), optional(dx), mean, rstd, line(weight), sums, total, rest)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from nbnorm._cpu.cut import block, bounds, positions, runs, unpack
+from nbnorm._cpu.halves import scratch
 from nbnorm._cpu.lanes import fill
 from nbnorm._cpu.launch import helper, inlined, loop
 from nbnorm._cpu.memory import borrowed, row
 from nbnorm._cpu.segments import apply_block, apply_segment, input_grad_segment, summands
+from nbnorm._cpu.short_slots import SLOTS, short_moments
 from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
 from nbnorm._cpu.tiles import (
     FOUR,
@@ -19,6 +23,7 @@ from nbnorm._cpu.tiles import (
     part,
     piece,
     piece_grad_sums,
+    reciprocal_stds,
     room,
     segments_grad_sums,
     slot_count,
@@ -26,7 +31,7 @@ from nbnorm._cpu.tiles import (
     weighted,
     within,
 )
-from nbnorm._math import accumulate, add, affine, gradient_terms, recentered, rounded, settled
+from nbnorm._math import accumulate, add, affine, gradient_terms, recentered, reciprocal_std, rounded, settled
 
 
 @helper
@@ -85,6 +90,28 @@ def slot_moments(g, slot, moments):
     for i in range(slot * chunks, (slot + 1) * chunks):
         n, mean, m2, rest = accumulate(n, mean, m2, rest, moments[i, 0], moments[i, 1], moments[i, 2])
     return n, mean, settled(m2, rest)
+
+
+@helper
+def slots_statistics(g, x, weights, first, slots, moments, eps, mean, m2, rstd):
+    """Mean, m2 and rstd of some slots; short ones are concluded side by side, with the same bits."""
+    cut = unpack(g)
+    if weights is None and slots > 1 and cut.outer * cut.inner <= TILE:
+        shift, sums = scratch(SLOTS, x), np.empty((3, SLOTS))
+        for k in range(first, first + slots, SLOTS):
+            n = min(SLOTS, first + slots - k)
+            short_moments(
+                x, k * cut.inner, cut.inner, n, cut.group * cut.inner, cut.outer, cut.inner, shift, sums,
+                row(mean, k, n), row(m2, k, n),
+            )  # fmt: skip
+        values = np.float64(cut.outer * cut.inner)
+        reciprocal_stds(row(m2, first, slots), values, eps, row(rstd, first, slots))
+        return
+    for chunk in range(cut.chunks):
+        chunk_moments(g, x, weights, first, slots, chunk, moments)
+    for slot in range(first, first + slots):
+        n, mean[slot], m2[slot] = slot_moments(g, slot, moments)
+        rstd[slot] = reciprocal_std(m2[slot], n, eps)
 
 
 @helper

@@ -11,17 +11,21 @@ from typing import NamedTuple
 import numpy as np
 
 from nbnorm._cpu.launch import inlined, shares
-from nbnorm._cpu.streams import remote, worthwhile
-from nbnorm._cpu.tiles import CHUNK, FOUR, within
+from nbnorm._cpu.short_slots import SLOTS
+from nbnorm._cpu.streams import last_level, remote, worthwhile
+from nbnorm._cpu.tiles import CHUNK, FOUR, TILE, within
 from nbnorm._view import View
 
-# Short rows are taken together, pass after pass: the sums of one do not wait for the coefficients of another, and
-# those of all are computed side by side, in up to two fifths less time than row by row. Of longer rows the passes had
-# better follow one another: 512 columns past the caches take a quarter less time then (AMD EPYC with AVX-512,
-# benchmarks/choices.py).
+# Rows that backward takes together, pass after pass, if they are short, for what `short_slots` says; else a row follows
+# the other, four in all, whose terms of the parameters' gradients are added at once (benchmarks/choices.py).
 ROWS = 8
-SHORT_ROW = 256
 SHORT_PAIR = 128  # of x and dy
+# Bytes of a row of x and of y up to which forward takes such rows together in the last-level cache: 384 to 2048 columns
+# take 0.82 to 0.97 of the time there. Where x and y do not fit it, or it is remote, columns and elements of all these
+# rows are fewer: 512 columns past the caches take a quarter less time row by row (Zen 4, benchmarks/choices.py).
+ROW = 1 << 14
+PAST_ROW = 256
+PAST = 2048
 # Columns up to which forward asks for the next rows before it normalizes these, where the last-level cache is remote:
 # 0.82 to 1.04 of the time there, 0.92 to 1.13 with rows of 2048, 1.06 to 1.13 with rows of 4096 (Emerald Rapids); where
 # it is near, 0.97 to 1.21 (AMD EPYC with AVX-512; benchmarks/choices.py).
@@ -62,7 +66,7 @@ def geometry(
     samples = rows // period
     wanted = min(max(MIN_BANDS, samples // BAND), -(-rows * inner // BAND_SIZE))
     band = min(BAND, max(FOUR, -(-samples // max(wanted, 1))))
-    step = ROWS if inner <= SHORT_ROW else 1
+    step = rows_together(rows, inner, size)
     together = ROWS if inner <= SHORT_PAIR else FOUR
     chunks = -(-inner // CHUNK)
     ahead = step if inner <= FETCHED and remote() else 0
@@ -70,6 +74,13 @@ def geometry(
     return np.array(
         Cut(rows, inner, period, band, -(-samples // band), chunks, step, together, streamed, ahead)
     )
+
+
+def rows_together(rows: int, inner: int, size: int) -> int:
+    """Return how many rows forward takes together, if x and y have ``size`` bytes."""
+    if size <= last_level() and not remote():
+        return SLOTS if inner <= TILE and size <= rows * ROW else 1
+    return min(SLOTS, PAST // max(inner, 1)) if inner <= PAST_ROW else 1
 
 
 @lru_cache(maxsize=4096)

@@ -270,12 +270,8 @@ def sums_about(x, weights, shift):
 
 
 @inlined
-def tile_moments(x, weights, first, stride, rows, n):
-    """Count, mean and m2 of ``rows`` segments of ``n`` neighbours, ``stride`` apart, in one pass of shifted sums.
-
-    Weights are those of a single segment.
-    """
-    shift = nearby(row(x, first, n)) if weights is None else nearby_counted(row(x, first, n), weights)
+def tile_sums(x, weights, first, stride, rows, n, shift):
+    """Count and shifted sums of ``rows`` segments of ``n`` neighbours, ``stride`` apart; weights are those of one."""
     count = total = squares = 0.0
     fours = in_fours(rows, n, x) if weights is None else 0
     for r in range(0, fours, FOUR):
@@ -292,6 +288,14 @@ def tile_moments(x, weights, first, stride, rows, n):
         count += c
         total += a
         squares += b
+    return count, total, squares
+
+
+@inlined
+def tile_moments(x, weights, first, stride, rows, n):
+    """Count, mean and m2 of what `tile_sums` goes through once."""
+    shift = nearby(row(x, first, n)) if weights is None else nearby_counted(row(x, first, n), weights)
+    count, total, squares = tile_sums(x, weights, first, stride, rows, n, shift)
     if count == 0.0:
         return 0.0, 0.0, 0.0
     m2 = about_mean(total, squares, count)

@@ -1,0 +1,41 @@
+"""Moments of slots of one tile each, a few together: the sums of one do not wait for the divisions of another.
+
+They are concluded side by side, with the bits of `tile_moments`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nbnorm._cpu.lane_moments import conclude
+from nbnorm._cpu.launch import helper
+from nbnorm._cpu.memory import row
+from nbnorm._cpu.tiles import careful_tile_moments, nearby, tile_squares, tile_sums
+from nbnorm._math import rounded
+
+# Slots that are taken together: 64 values each take 0.9 of the time of eight together, 0.55 of that one by one (Zen 4,
+# benchmarks/choices.py, rows together).
+SLOTS = 16
+
+
+@helper
+def short_moments(x, first, apart, slots, stride, rows, n, shift, sums, mean, m2):
+    """Mean and m2 of slots that begin ``apart`` elements from each other, each ``rows`` segments of ``n``.
+
+    Without means they are taken as 0. ``shift`` and ``sums``, three rows, have room for as many values as the slots.
+    """
+    for k in range(slots):
+        i = first + k * apart
+        shift[k] = rounded(0.0, x) if mean is None else nearby(row(x, i, n))
+        _, total, squares = tile_sums(x, None, i, stride, rows, n, shift[k])
+        sums[0, k], sums[1, k] = 0.0 if mean is None else total, squares
+    total, squares, count = row(sums[0], 0, slots), row(sums[1], 0, slots), np.float64(rows * n)
+    own_mean = row(sums[2], 0, slots) if mean is None else mean
+    if conclude(total, squares, row(shift, 0, slots), count, own_mean, m2) > 0:
+        for k in range(slots):
+            i = first + k * apart
+            if m2[k] < 0.0:
+                if mean is None:
+                    m2[k] = tile_squares(row(x, i, n))
+                else:
+                    _, mean[k], m2[k] = careful_tile_moments(x, None, i, stride, rows, n)
