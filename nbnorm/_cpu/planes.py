@@ -22,13 +22,13 @@ from numba import prange
 from nbnorm._cpu.cut import fused, geometry, neighbours, tasks, unpack
 from nbnorm._cpu.launch import Twins
 from nbnorm._cpu.slots import (
+    add_chunks,
     apply_chunk,
     chunk_grad_sums,
     chunk_moments,
+    fill_terms,
     input_grad_chunk,
     slot_moments,
-    slot_sums,
-    slot_terms,
     slots_statistics,
 )
 from nbnorm._math import reciprocal_std
@@ -98,12 +98,14 @@ def gradient_passes_kernel(
             chunk_grad_sums(
                 g, x, dy, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums
             )
-    for k in prange(cut.group):
+    for task in prange(-(-cut.group // cut.slots)):
+        slot = task * cut.slots
+        slots = min(cut.slots, cut.group - slot)
         if constant is None:
-            slot_sums(g, k, sums, sum_dz, sum_dz_x_hat)
+            add_chunks(g, slot, slots, sums, sum_dz, sum_dz_x_hat)
         if dx is not None:
-            slot_terms(
-                g, x, k, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, fixed, terms
+            fill_terms(
+                g, x, slot, slots, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, fixed, terms
             )
     if dx is not None:
         for task in prange(tasks(g)):
@@ -130,11 +132,10 @@ def backward_kernel(
             chunk_grad_sums(
                 g, x, dy, first, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums
             )
-        for k in range(first, first + slots):
-            slot_sums(g, k, sums, sum_dz, sum_dz_x_hat)
-            slot_terms(
-                g, x, k, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, False, terms
-            )
+        add_chunks(g, first, slots, sums, sum_dz, sum_dz_x_hat)
+        fill_terms(
+            g, x, first, slots, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, False, terms
+        )
         for chunk in range(chunks):
             input_grad_chunk(
                 g, x, dy, dx, dresidual, first, slots, chunk, mean, rstd, weight, bias, residual, activation,

@@ -216,29 +216,33 @@ def chunk_grad_sums(
 
 
 @helper
-def slot_sums(g, slot, sums, sum_dz, sum_dz_x_hat):
-    """Add up the chunks of a slot, in order, with what rounding leaves out."""
+def add_chunks(g, slot, slots, sums, sum_dz, sum_dz_x_hat):
+    """Add up the chunks of some slots, in order, with what rounding leaves out."""
     chunks = unpack(g).chunks
-    first = slot * chunks
-    for j in range(sums.shape[2]):
-        a, a_rest, b, b_rest = sums[first, 0, j], sums[first, 1, j], sums[first, 2, j], sums[first, 3, j]
-        for i in range(first + 1, first + chunks):
-            a, a_rest = add(a, a_rest, sums[i, 0, j])
-            b, b_rest = add(b, b_rest, sums[i, 2, j])
-        sum_dz[slot, j], sum_dz_x_hat[slot, j] = settled(a, a_rest), settled(b, b_rest)
+    for k in range(slot, slot + slots):
+        first = k * chunks
+        for j in range(sums.shape[2]):
+            a, a_rest, b, b_rest = sums[first, 0, j], sums[first, 1, j], sums[first, 2, j], sums[first, 3, j]
+            for i in range(first + 1, first + chunks):
+                a, a_rest = add(a, a_rest, sums[i, 0, j])
+                b, b_rest = add(b, b_rest, sums[i, 2, j])
+            sum_dz[k, j], sum_dz_x_hat[k, j] = settled(a, a_rest), settled(b, b_rest)
 
 
 @helper
-def slot_terms(g, x, slot, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, constant, terms):
-    """Write what dx of a slot is computed from: mean, rstd, slope, offset and the factor of the gain."""
+def fill_terms(
+    g, x, slot, slots, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, constant, terms
+):
+    """Write what dx of some slots is computed from: mean, rstd, slope, offset and the factor of the gain."""
     cut = unpack(g)
-    first = within(slot, cut.period) * cut.width
-    sum_g, sum_g_x_hat = weighted(weight, first, sum_dz, slot), weighted(weight, first, sum_dz_x_hat, slot)
-    n = slot_count(count, counts, slot, cut.period)
-    terms[slot, 0], terms[slot, 1], _ = affine(mean[slot], rstd[slot], 1.0, 0.0, x)
-    terms[slot, 2], terms[slot, 3], terms[slot, 4] = gradient_terms(
-        mean[slot], rstd[slot], sum_g, sum_g_x_hat, n, True, constant, weights is not None, x
-    )
+    for k in range(slot, slot + slots):
+        first = within(k, cut.period) * cut.width
+        sum_g, sum_g_x_hat = weighted(weight, first, sum_dz, k), weighted(weight, first, sum_dz_x_hat, k)
+        n = slot_count(count, counts, k, cut.period)
+        terms[k, 0], terms[k, 1], _ = affine(mean[k], rstd[k], 1.0, 0.0, x)
+        terms[k, 2], terms[k, 3], terms[k, 4] = gradient_terms(
+            mean[k], rstd[k], sum_g, sum_g_x_hat, n, True, constant, weights is not None, x
+        )
 
 
 @helper
