@@ -1,8 +1,8 @@
 """What stands behind choices of the package that no other benchmark shows: `python -m benchmarks.choices`.
 
-Chunks of columns and rows of them side by side (`nbnorm/_cpu/grid.py`), slots that one task takes together
-(`nbnorm/_cpu/cut.py`), rows that are taken together or asked for in advance (`nbnorm/_cpu/spans.py`), and results that
-are written past the caches (`nbnorm/_cpu/streams.py`).
+Segments that lie side by side as columns (`nbnorm/_view.py`), chunks of columns and rows of them side by side
+(`nbnorm/_cpu/grid.py`), slots that one task takes together (`nbnorm/_cpu/cut.py`), rows that are taken together or
+asked for in advance (`nbnorm/_cpu/spans.py`), and results that are written past the caches (`nbnorm/_cpu/streams.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from unittest.mock import patch
 import numpy as np
 
 with suppress(ImportError):  # asv reads every file of this folder, with versions that lack them
+    from nbnorm import _view
     from nbnorm._cpu import columns, cut, grid, planes, rows, spans
     from nbnorm._view import batch_view, trailing_view
 
@@ -103,6 +104,30 @@ def with_cut(walk: Any, cut: Any, call: Callable[[], object]) -> Callable[[], ob
 def moved(direction: str, b: Any) -> int:
     """Return the bytes of x and y, or of x, dy and dx."""
     return int(b.x.nbytes) * (2 if direction == "forward" else 3)
+
+
+def walked(down: bool, case: Case, name: str) -> Callable[[], object]:
+    """Return a call that walks short segments as columns, or as segments."""
+
+    def run(call: Callable[[], object]) -> Any:
+        batch_view.cache_clear()
+        with patch.object(_view, "short", lambda rows, segment: down):
+            return call()
+
+    call, _ = run(lambda: prepare(name, case))
+    return partial(run, call)
+
+
+def segments() -> None:
+    """Batch norm of more and more segments of more and more neighbours, walked as columns and as segments."""
+    for dtype, inner, outer in product(
+        ("float32", "bfloat16", "float64"), (9, 16, 25, 36, 49, 64, 81, 121), (2, 4, 8, 16, 32, 64, 128)
+    ):
+        case = Case("batch", (outer, max(8, (1 << 18) // (outer * inner)), inner), dtype=dtype)
+        for name in ("forward", "backward"):
+            calls = {"columns": walked(True, case, name), "planes": walked(False, case, name)}
+            chosen = "columns" if _view.short(outer, inner * batch(case).x.itemsize) else "planes"
+            show(f"segments, {name} {case.shape} {dtype}, chosen {chosen}", calls)
 
 
 def chunks() -> None:
@@ -221,6 +246,7 @@ def streamed() -> None:
 
 
 if __name__ == "__main__":
+    segments()
     chunks()
     folded()
     together()

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 
-# Channels-first segments up to this length are walked as columns of C*S lanes: SIMD loops over shorter
-# segments are mostly head and tail (benchmarks/bench_batch_norm.py, ShortSegments).
-SHORT_SEGMENT = 64
+# Bytes of the longest channels-first segments that are walked as columns of C*S lanes, and of a segment for each row of
+# lanes: SIMD loops over shorter segments are mostly head and tail, but each lane has sums and coefficients of its own,
+# for which it takes some rows (segments of 16 to 484 bytes in 2 to 128 rows; benchmarks/choices.py, Zen 4).
+SHORT_SEGMENT = 256
+SEGMENT_BY_ROWS = 8
 
 Shape = tuple[int, ...]
 
@@ -91,6 +93,11 @@ def sample_axis(channel_axis: int) -> int:
     return 1 if channel_axis == 0 else 0
 
 
+def short(rows: int, segment: int) -> bool:
+    """Whether so many segments of so many bytes should lie side by side as columns."""
+    return segment <= min(SHORT_SEGMENT, SEGMENT_BY_ROWS * rows)
+
+
 @lru_cache(maxsize=4096)
 def batch_view(
     shape: Shape, strides: Shape, itemsize: int, channel_axis: int, masked: bool = False
@@ -106,7 +113,7 @@ def batch_view(
     at = order.index(channel_axis) if channels > 1 else 0
     outer = prod(shape[axis] for axis in order[:at])
     inner = prod(shape) // (outer * channels) if channels else 0
-    down = inner == 1 or (outer > 1 and inner <= SHORT_SEGMENT and not masked)
+    down = inner == 1 or (outer > 1 and not masked and short(outer, inner * itemsize))
     return View(1, outer, channels, inner, channels, 1, inner, "columns" if down else "planes")
 
 

@@ -149,12 +149,12 @@ CASES = [
     Case((13, 11, 17), 1, "primes: no width of a vector or a tile divides anything"),
     Case((31, 37), 1, "prime columns"),
     # short segments
-    Case((9, 33, 7, 7), 1, "planes of 7x7 = 49: segments shorter than a worthwhile loop"),
+    Case((26, 33, 7, 7), 1, "planes of 7x7 = 49: segments shorter than a worthwhile loop"),
     Case((2, 3, 7, 7), 1, "few short planes"),
-    Case((3, 130, 2, 2), 1, "planes of four values, more channels than a vector or a small tile"),
+    Case((5, 130, 2, 2), 1, "planes of four values, more channels than a vector or a small tile"),
     Case((1, 64, 7, 7), 1, "short planes, one sample: nothing to merge across samples"),
-    Case((3, 5, 8, 8), 1, "planes of 64: the longest that count as short"),
-    Case((3, 5, 5, 13), 1, "planes of 65: one longer"),
+    Case((32, 5, 8, 8), 1, "planes of 64 float32: the longest that count as short"),
+    Case((32, 5, 5, 13), 1, "planes of 65: one longer"),
     # columns of every width
     Case((4001, 3), 1, "long and narrow with a ragged end: columns are folded, lanes merged"),
     Case((4001, 1), 1, "one narrow column"),
@@ -228,7 +228,7 @@ CASES = [
 # One row per traversal of memory, for tests that ask something else than "is the layout understood".
 TRAVERSALS = [
     Case((5, 6, 40, 41), 1, "planes"),
-    Case((9, 33, 7, 7), 1, "short planes"),
+    Case((26, 33, 7, 7), 1, "short planes"),
     Case((1, 2, 300, 301), 1, "planes in chunks"),
     Case((700, 80), 1, "columns"),
     Case((4001, 3), 1, "narrow columns"),

@@ -14,7 +14,7 @@ import pytest
 import nbnorm
 import oracle
 from cases import TRAVERSALS, Case, arrange
-from nbnorm._cpu import cut, grid
+from nbnorm._cpu import cut, grid, spans
 from nbnorm._cpu.launch import shares
 from nbnorm._cpu.tiles import CHUNK
 from nbnorm._view import batch_view
@@ -185,12 +185,21 @@ def test_chunks_of_columns_are_equal_shares(rows):
     assert found.chunk * found.block < 1.5 * CHUNK or found.chunk < 2 * grid.CHUNK_ROWS
 
 
+def wild(x):
+    """Spoil some slots, a row of x each, so that a pass of shifted sums does not do for them."""
+    x[3, ::2] += 1e6
+    x[5] *= 1e-30
+    x[8, 2] = np.inf
+    x[11, 0] = np.nan
+    return x
+
+
 @pytest.mark.parametrize("inner", [7 * 13, 5000], ids=["short", "long"])
 def test_slots_that_a_task_takes_together(rng, inner, monkeypatch):
     """How many neighbouring slots share a task is a matter of speed alone, and so is whether passes share a kernel."""
-    x = rng.standard_normal((6, 19, inner)).astype(np.float32)
+    x = wild(rng.standard_normal((19, 6, inner)).astype(np.float32)).swapaxes(0, 1).copy()
     dy = rng.standard_normal(x.shape).astype(np.float32)
-    groups = rng.standard_normal((5, 12, inner)).astype(np.float32)
+    groups = wild(rng.standard_normal((20, 3, inner)).astype(np.float32)).reshape(5, 12, inner)
     found = []
     for slots in (1, 2, 7, 19):
         monkeypatch.setattr(cut, "together", lambda *_, slots=slots: slots)
@@ -205,3 +214,19 @@ def test_slots_that_a_task_takes_together(rng, inner, monkeypatch):
     for other in found[1:]:
         for name, first, same in zip(("y", "mean", "rstd", "dx") * 2, found[0], other, strict=True):
             oracle.assert_same_bits(same, first, name)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_rows_that_are_taken_together(rng, norm, monkeypatch):
+    """How many rows forward takes together is a matter of speed alone."""
+    x = wild(rng.standard_normal((37, 700)).astype(np.float32))
+    found = []
+    for rows in (1, 7, 16):
+        monkeypatch.setattr(spans, "rows_together", lambda *_, rows=rows: rows)
+        spans.geometry.cache_clear()
+        y, saved = getattr(nbnorm, f"{norm}_norm_forward")(x)
+        found.append((y, saved.rstd) if saved.mean is None else (y, saved.rstd, saved.mean))
+    spans.geometry.cache_clear()
+    for other in found[1:]:
+        for first, same in zip(found[0], other, strict=True):
+            oracle.assert_same_bits(same, first)

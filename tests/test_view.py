@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbnorm._view import (
+    SEGMENT_BY_ROWS,
     SHORT_SEGMENT,
     View,
     batch_view,
@@ -114,7 +115,7 @@ TABLE = {
     "batch, channels first": (batch_view, (8, 3, 20, 20), 1, (1, 8, 3, 400, 3, 1, 400, "planes")),
     "batch, channels last": (batch_view, (8, 20, 20, 3), 3, (1, 3200, 3, 1, 3, 1, 1, "columns")),
     "batch, (N, C)": (batch_view, (32, 64), 1, (1, 32, 64, 1, 64, 1, 1, "columns")),
-    "batch, short segments": (batch_view, (8, 32, 7, 7), 1, (1, 8, 32, 49, 32, 1, 49, "columns")),
+    "batch, short segments": (batch_view, (13, 32, 5, 5), 1, (1, 13, 32, 25, 32, 1, 25, "columns")),
     "instance, channels first": (per_channel, (8, 3, 20, 20), 1, (1, 1, 24, 400, 3, 1, 400, "planes")),
     "instance, channels last": (per_channel, (8, 20, 20, 3), 3, (8, 400, 3, 1, 3, 1, 1, "columns")),
 }
@@ -136,9 +137,12 @@ def test_group_and_trailing_rows_of_the_table():
     assert trailing_view((4, 5, 6), strides, 8, 2) == View(1, 1, 4, 30, 1, 30, 1, "rows")
 
 
-def test_short_segments_switch_at_their_threshold():
-    for inner, traversal in ((SHORT_SEGMENT, "columns"), (SHORT_SEGMENT + 1, "planes")):
-        x = np.zeros((3, 4, inner), np.float32)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("rows", [2, 3, SHORT_SEGMENT // SEGMENT_BY_ROWS, 1000])
+def test_short_segments_are_columns_where_there_are_enough_of_them(rows, dtype):
+    longest = min(SHORT_SEGMENT, SEGMENT_BY_ROWS * rows) // np.dtype(dtype).itemsize
+    for inner, traversal in ((longest, "columns"), (longest + 1, "planes")):
+        x = np.empty((rows, 4, inner), dtype)
         view = batch_view(x.shape, x.strides, x.itemsize, 1)
         assert view is not None
         assert view.traversal == traversal

@@ -90,23 +90,25 @@ def gradient_passes_kernel(
     """
     cut = unpack(g)
     fixed = False if constant is None else constant
-    sums = np.zeros((cut.group * cut.chunks if constant is None else 0, 4, cut.width))
-    terms = np.empty((cut.group, 5))
+    group, together = cut.group, cut.slots
+    sums = np.zeros((group * cut.chunks if constant is None else 0, 4, cut.width))
+    terms = np.empty((group, 5))
     if constant is None:
         for task in prange(tasks(g)):
             slot, slots, chunk = neighbours(g, task)
             chunk_grad_sums(
                 g, x, dy, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums
             )
-    for task in prange(-(-cut.group // cut.slots)):
-        slot = task * cut.slots
-        slots = min(cut.slots, cut.group - slot)
+    for task in prange(-(-group // together)):
+        slot = task * together
+        slots = min(together, group - slot)
         if constant is None:
             add_chunks(g, slot, slots, sums, sum_dz, sum_dz_x_hat)
         if dx is not None:
             fill_terms(
-                g, x, slot, slots, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, fixed, terms
-            )
+                g, x, slot, slots, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, fixed,
+                terms,
+            )  # fmt: skip
     if dx is not None:
         for task in prange(tasks(g)):
             slot, slots, chunk = neighbours(g, task)
