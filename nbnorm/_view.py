@@ -15,7 +15,7 @@ from math import prod
 # lanes: SIMD loops over shorter segments are mostly head and tail, but each lane has sums and coefficients of its own,
 # for which it takes some rows (segments of 16 to 484 bytes in 2 to 128 rows; benchmarks/choices.py, Zen 4).
 SHORT_SEGMENT = 256
-SEGMENT_BY_ROWS = 8
+SEGMENT_BY_ROWS = 12
 
 Shape = tuple[int, ...]
 

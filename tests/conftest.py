@@ -4,6 +4,7 @@ import zlib
 
 import numpy as np
 import pytest
+from numba.core.runtime import _nrt_python as runtime
 
 from cases import place
 
@@ -45,6 +46,19 @@ def device(request):
 def rng(request):
     """Make a generator seeded by the name of the test: neither order nor selection changes the data."""
     return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def kernels_keep_nothing():
+    """Fail if kernels have not freed what they made, or still hold what they were given."""
+
+    def held():
+        return runtime.memsys_get_stats_mi_alloc() - runtime.memsys_get_stats_mi_free()
+
+    runtime.memsys_enable_stats()
+    before = held()
+    yield
+    assert held() == before
 
 
 class Buffer:

@@ -10,6 +10,7 @@ import nbnorm
 import oracle
 from cases import FLOATS, arrange
 
+pytestmark = pytest.mark.usefixtures("kernels_keep_nothing")
 on_floats = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
 

@@ -11,6 +11,8 @@ import oracle
 import reference
 from cases import arrange
 
+pytestmark = pytest.mark.usefixtures("kernels_keep_nothing")
+
 
 @dataclass(frozen=True)
 class Place:

@@ -138,7 +138,7 @@ def test_group_and_trailing_rows_of_the_table():
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-@pytest.mark.parametrize("rows", [2, 3, SHORT_SEGMENT // SEGMENT_BY_ROWS, 1000])
+@pytest.mark.parametrize("rows", [2, 3, SHORT_SEGMENT // SEGMENT_BY_ROWS + 1, 1000])
 def test_short_segments_are_columns_where_there_are_enough_of_them(rows, dtype):
     longest = min(SHORT_SEGMENT, SEGMENT_BY_ROWS * rows) // np.dtype(dtype).itemsize
     for inner, traversal in ((longest, "columns"), (longest + 1, "planes")):

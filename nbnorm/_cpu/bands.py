@@ -6,7 +6,7 @@ import numpy as np
 
 from nbnorm._cpu.halves import scratch
 from nbnorm._cpu.lanes import copy_row, fill
-from nbnorm._cpu.launch import helper, inlined
+from nbnorm._cpu.launch import allocating, helper, inlined
 from nbnorm._cpu.lines import (
     apply_block,
     apply_line,
@@ -91,7 +91,7 @@ def fetch_rows(g, x, first, last):
         fetch(x, i)
 
 
-@helper
+@allocating
 def forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd):
     """Moments and normalization of a band."""
     cut = unpack(g)
@@ -223,11 +223,12 @@ def clear(g, chunk, sums):
             fill(row(sums[1], p, n), 0)
 
 
-@helper
-def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_x_hat, own):
+@allocating
+def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_x_hat, sums):
     """Gradients of one chunk of the columns of a band, as far as there is room for them; dx by the sums over rows."""
     cut = unpack(g)
     start, end = samples_of(g, band)
+    own = None if sums is None else sums[band]
     terms, statistics = scratch(6 * ROWS, x), np.empty(4 * ROWS)
     clear(g, chunk, own)
     for sample in range(start, end, cut.together):
@@ -241,11 +242,12 @@ def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_
     finish(cut.streamed)
 
 
-@helper
-def backward_band(g, x, dy, dx, band, mean, rstd, weight, own):
+@allocating
+def backward_band(g, x, dy, dx, band, mean, rstd, weight, sums):
     """Sums over the rows of a band and all their gradients, a few rows at a time."""
     cut = unpack(g)
     start, end = samples_of(g, band)
+    own = None if sums is None else sums[band]
     terms, statistics = scratch(6 * ROWS, x), np.empty(4 * ROWS)
     for chunk in range(cut.chunks):
         clear(g, chunk, own)

@@ -14,7 +14,7 @@ from nbnorm._cpu.lane_grads import chunk_lane_grad_sums, line_sum
 from nbnorm._cpu.lane_merges import merge_chunks, merge_folds, slot_moments
 from nbnorm._cpu.lane_moments import chunk_lane_moments, total_weight
 from nbnorm._cpu.lanes import apply_row, copy_row, fill, input_grad_row, row_weight
-from nbnorm._cpu.launch import helper, inlined, loop
+from nbnorm._cpu.launch import allocating, helper, inlined, loop
 from nbnorm._cpu.memory import borrowed, row
 from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
 from nbnorm._cpu.tiles import (
@@ -38,7 +38,7 @@ def rows_weights(weights, batch, first, rows):
     return part(entry(weights, batch), first, rows)
 
 
-@helper
+@allocating
 def chunk_weights(g, weights, batch):
     """Number of values of a lane that count in each chunk of whole rows."""
     cut = unpack(g)
@@ -50,7 +50,7 @@ def chunk_weights(g, weights, batch):
     return counts
 
 
-@helper
+@allocating
 def chunk_moments(g, x, weights, index, chunk, pool, moments):
     """Moments of the lanes of a block over one chunk of whole rows."""
     cut, own = unpack(g), locate(g, index)
@@ -62,7 +62,7 @@ def chunk_moments(g, x, weights, index, chunk, pool, moments):
     chunk_lane_moments(x, own_weights, first, cut.lanes, rows, sums, pool, moments[chunk])
 
 
-@helper
+@allocating
 def block_moments(g, x, weights, index, pool, moments, mean, m2):
     """Merge chunks, folds and the spare row of a block, then the lanes of each slot."""
     cut, own = unpack(g), locate(g, index)
@@ -151,7 +151,7 @@ def apply_chunk(g, x, y, residual, activation, index, chunk, terms):
     finish(cut.streamed)
 
 
-@helper
+@allocating
 def chunk_grad_sums(g, x, dy, residual, activation, weights, index, chunk, terms, lane_sums):
     """Sums of dz and dz * x_hat of the lanes of a block over one chunk of rows, each with its rest."""
     cut, own = unpack(g), locate(g, index)

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from nbnorm._math import by_type
+from nbnorm._math import ALLOCATING, by_type
 
 _HALF, _FLOAT, _SHORT, _INT = ir.HalfType(), ir.FloatType(), ir.IntType(16), ir.IntType(32)
 
@@ -120,7 +120,7 @@ def scratch(shape, like):
     return np.empty(shape, np.float64 if like.itemsize == 8 else np.float32)
 
 
-@by_type(scratch)
+@by_type(scratch, **ALLOCATING)
 def _scratch(shape, like):
     if like.dtype == types.float64:
         return lambda shape, like: np.empty(shape, np.float64)

@@ -12,7 +12,7 @@ from nbnorm._cpu.cache import Cache
 from nbnorm._cpu.halves import computing, stored
 from nbnorm._cpu.team import team
 from nbnorm._inner import Loop, Outer, Wide
-from nbnorm._math import INNER
+from nbnorm._math import ALLOCATING, INNER
 
 # Elements below which waking a team of threads costs more than it saves (benchmarks/bench_batch_norm.py, Small).
 PARALLEL_MIN = 32768
@@ -24,6 +24,8 @@ _PRANGE: dict[str, bool] = dict.fromkeys(
 )
 
 helper = njit(**INNER)
+# For what makes arrays of its own; it cannot hand them back to a `helper`, which would not free them.
+allocating = njit(**{**INNER, **ALLOCATING})
 # For a loop over so few elements that handing over its arrays, seven words each, would take as long.
 inlined = njit(**INNER, forceinline=True)
 # Loops over elements, optimized before a kernel takes them in: otherwise some are a tenth slower, some not vectorized.

@@ -28,10 +28,8 @@ from nbnorm._cpu.slots import (
     chunk_moments,
     fill_terms,
     input_grad_chunk,
-    slot_moments,
-    slots_statistics,
+    merge_chunks,
 )
-from nbnorm._math import reciprocal_std
 
 __all__ = [
     "backward_kernel",
@@ -52,7 +50,9 @@ def forward_kernel(g, x, y, weight, bias, residual, activation, weights, eps, me
     for task in prange(-(-group // together)):
         first = task * together
         slots = min(together, group - first)
-        slots_statistics(g, x, weights, first, slots, moments, eps, mean, m2, rstd)
+        for chunk in range(chunks):
+            chunk_moments(g, x, weights, first, slots, chunk, moments)
+        merge_chunks(g, weights, first, slots, moments, eps, mean, m2, rstd)
         for chunk in range(chunks):
             apply_chunk(g, x, y, first, slots, chunk, mean, rstd, weight, bias, residual, activation)
 
@@ -69,10 +69,7 @@ def passes_kernel(g, x, y, weight, bias, residual, activation, weights, eps, mea
         for task in prange(tasks(g)):
             slot, slots, chunk = neighbours(g, task)
             chunk_moments(g, x, weights, slot, slots, chunk, moments)
-        for slot in range(cut.group):
-            n, mean[slot], m2[slot] = slot_moments(g, slot, moments)
-            if eps is not None:
-                rstd[slot] = reciprocal_std(m2[slot], n, eps)
+        merge_chunks(g, weights, 0, cut.group, moments, eps, mean, m2, rstd)
     if y is not None:
         for task in prange(tasks(g)):
             slot, slots, chunk = neighbours(g, task)

@@ -27,7 +27,7 @@ from nbnorm._cpu.halves import computing
 from nbnorm._cpu.launch import Twins, flat, line, optional, threads_for
 from nbnorm._cpu.memory import row
 from nbnorm._cpu.spans import band_count, fused, geometry, span, unpack
-from nbnorm._cpu.tiles import entry, line_moments
+from nbnorm._cpu.tiles import line_moments
 from nbnorm._math import merge, reciprocal_std
 from nbnorm._view import View
 
@@ -92,7 +92,7 @@ def gradient_passes_kernel(g, x, dy, dx, mean, rstd, weight, sums, total, rest):
     for task in prange(cut.bands * chunks):
         band, chunk = task // chunks, task % chunks
         input_grad_band(
-            g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_x_hat, entry(sums, band)
+            g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_x_hat, sums
         )  # fmt: skip
     if sums is not None:
         for task in prange(column_tasks(sums)):
@@ -103,7 +103,7 @@ def gradient_passes_kernel(g, x, dy, dx, mean, rstd, weight, sums, total, rest):
 def backward_kernel(g, x, dy, dx, mean, rstd, weight, sums, total, rest):
     """One band per task: the sums over a few rows, then their gradients from cache; at last all bands together."""
     for band in prange(unpack(g).bands):
-        backward_band(g, x, dy, dx, band, mean, rstd, weight, entry(sums, band))
+        backward_band(g, x, dy, dx, band, mean, rstd, weight, sums)
     if sums is not None:
         for task in prange(column_tasks(sums)):
             add_bands(sums, total, rest, task)

@@ -6,8 +6,7 @@ import numpy as np
 
 from nbnorm._cpu.cut import block, bounds, positions, runs, unpack
 from nbnorm._cpu.halves import scratch
-from nbnorm._cpu.lanes import fill
-from nbnorm._cpu.launch import helper, inlined, loop
+from nbnorm._cpu.launch import allocating, helper, inlined, loop
 from nbnorm._cpu.memory import borrowed, row
 from nbnorm._cpu.segments import apply_block, apply_segment, input_grad_segment, summands
 from nbnorm._cpu.short_slots import SLOTS, short_moments
@@ -27,7 +26,6 @@ from nbnorm._cpu.tiles import (
     room,
     segments_grad_sums,
     slot_count,
-    tile_moments,
     weighted,
     within,
 )
@@ -35,10 +33,24 @@ from nbnorm._math import accumulate, add, affine, gradient_terms, recentered, re
 
 
 @helper
+def add_tiles(g, slot, slots, chunk, count, means, m2s, moments):
+    """Merge a tile of ``count`` values into the moments of a chunk of each of some slots."""
+    chunks = unpack(g).chunks
+    for i in range(slots):
+        own = moments[(slot + i) * chunks + chunk]
+        if own[0] == 0.0:  # as `accumulate` would have it, but short slots notice its call
+            own[0], own[1], own[2], own[3] = count, means[i], m2s[i], 0.0
+        else:
+            own[0], own[1], own[2], own[3] = accumulate(
+                own[0], own[1], own[2], own[3], count, means[i], m2s[i]
+            )
+
+
+@allocating
 def chunk_moments(g, x, weights, slot, slots, chunk, moments):
     """Count, mean and m2 of one chunk of each of some neighbouring slots: its tiles merged in order.
 
-    The walk is along memory, so that all slots take part in turn.
+    The walk is along memory, so that all slots take part in turn, and their tiles are concluded side by side.
     """
     cut = unpack(g)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
@@ -49,19 +61,31 @@ def chunk_moments(g, x, weights, slot, slots, chunk, moments):
             own[0], own[1], own[2] = counted_chunk_moments(cut, x, slot_weights, k, r0, rows, c0, cols)
         return
     for k in range(slot, slot + slots):
-        fill(moments[k * cut.chunks + chunk], 0.0)
+        moments[k * cut.chunks + chunk, 0] = 0.0
+    x, shift, sums = borrowed(x), scratch((1, SLOTS), x), np.empty((5, SLOTS))
     tile_rows, tile_cols = max(1, min(rows, TILE // cols)), min(cols, TILE)
-    stride = cut.group * cut.inner
+    together = SLOTS if cols <= TILE else 1
     for r in range(0, rows, tile_rows):
         height = min(tile_rows, rows - r)
-        for k in range(slot, slot + slots):
-            first, own = ((r0 + r) * cut.group + k) * cut.inner + c0, moments[k * cut.chunks + chunk]
-            n, mean, m2, rest = own[0], own[1], own[2], own[3]
+        for k in range(slot, slot + slots, together):
+            first, n = ((r0 + r) * cut.group + k) * cut.inner + c0, min(together, slot + slots - k)
             for c in range(0, cols, tile_cols):
                 width = min(tile_cols, cols - c)
-                tile_n, tile_mean, tile_m2 = tile_moments(x, None, first + c, stride, height, width)
-                n, mean, m2, rest = accumulate(n, mean, m2, rest, tile_n, tile_mean, tile_m2)
-            own[0], own[1], own[2], own[3] = n, mean, m2, rest
+                means, m2s = row(sums[3], 0, n), row(sums[4], 0, n)
+                short_moments(
+                    x,
+                    first + c,
+                    cut.inner,
+                    n,
+                    cut.group * cut.inner,
+                    height,
+                    width,
+                    shift[0],
+                    sums,
+                    means,
+                    m2s,
+                )
+                add_tiles(g, k, n, chunk, np.float64(height * width), means, m2s, moments)
     for k in range(slot, slot + slots):
         own = moments[k * cut.chunks + chunk]
         own[2] = settled(own[2], own[3])
@@ -83,35 +107,22 @@ def counted_chunk_moments(cut, x, weights, slot, r0, rows, c0, cols):
 
 
 @helper
-def slot_moments(g, slot, moments):
-    """Merge the chunks of a slot, in order: count, mean and m2."""
-    chunks = unpack(g).chunks
-    n = mean = m2 = rest = 0.0
-    for i in range(slot * chunks, (slot + 1) * chunks):
-        n, mean, m2, rest = accumulate(n, mean, m2, rest, moments[i, 0], moments[i, 1], moments[i, 2])
-    return n, mean, settled(m2, rest)
-
-
-@helper
-def slots_statistics(g, x, weights, first, slots, moments, eps, mean, m2, rstd):
-    """Mean, m2 and rstd of some slots; short ones are concluded side by side, with the same bits."""
+def merge_chunks(g, weights, slot, slots, moments, eps, mean, m2, rstd):
+    """Mean and m2 of some slots, their chunks merged in order, and rstd unless there is no eps."""
     cut = unpack(g)
-    if weights is None and slots > 1 and cut.outer * cut.inner <= TILE:
-        shift, sums = scratch(SLOTS, x), np.empty((3, SLOTS))
-        for k in range(first, first + slots, SLOTS):
-            n = min(SLOTS, first + slots - k)
-            short_moments(
-                x, k * cut.inner, cut.inner, n, cut.group * cut.inner, cut.outer, cut.inner, shift, sums,
-                row(mean, k, n), row(m2, k, n),
-            )  # fmt: skip
+    for k in range(slot, slot + slots):
+        first = k * cut.chunks
+        n, own_mean, own_m2, rest = moments[first, 0], moments[first, 1], moments[first, 2], 0.0
+        for i in range(first + 1, first + cut.chunks):
+            n, own_mean, own_m2, rest = accumulate(
+                n, own_mean, own_m2, rest, moments[i, 0], moments[i, 1], moments[i, 2]
+            )
+        mean[k], m2[k] = own_mean, settled(own_m2, rest)
+        if eps is not None and weights is not None:
+            rstd[k] = reciprocal_std(m2[k], n, eps)
+    if eps is not None and weights is None:
         values = np.float64(cut.outer * cut.inner)
-        reciprocal_stds(row(m2, first, slots), values, eps, row(rstd, first, slots))
-        return
-    for chunk in range(cut.chunks):
-        chunk_moments(g, x, weights, first, slots, chunk, moments)
-    for slot in range(first, first + slots):
-        n, mean[slot], m2[slot] = slot_moments(g, slot, moments)
-        rstd[slot] = reciprocal_std(m2[slot], n, eps)
+        reciprocal_stds(row(m2, slot, slots), values, eps, row(rstd, slot, slots))
 
 
 @helper
@@ -166,7 +177,7 @@ def note(own, j, a, b):
     own[2, j], own[3, j] = add(own[2, j], own[3, j], b)
 
 
-@helper
+@allocating
 def chunk_grad_sums(
     g, x, dy, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums
 ):

@@ -14,6 +14,7 @@ from nbnorm._cpu.halves import scratch, widen
 from nbnorm._cpu.launch import helper, inlined, reduction
 from nbnorm._cpu.memory import row
 from nbnorm._math import (
+    ALLOCATING,
     accumulate,
     add,
     by_type,
@@ -219,7 +220,7 @@ def _part(values, first, n):
 
 
 def entry(values, i):
-    """Entry of an optional array."""
+    """Entry of an optional array, of two dimensions a `row`."""
     return None if values is None else values[i]
 
 
@@ -227,7 +228,9 @@ def entry(values, i):
 def _entry(values, i):
     if is_none(values):
         return lambda values, i: None
-    return lambda values, i: values[i]
+    if getattr(values, "ndim", 1) == 1:
+        return lambda values, i: values[i]
+    return lambda values, i: row(values, i * values.shape[1], values.shape[1])
 
 
 def room(shape, x, weights, activation):
@@ -235,7 +238,7 @@ def room(shape, x, weights, activation):
     return None if weights is None and activation is None else scratch(shape, x)
 
 
-@by_type(room)
+@by_type(room, **ALLOCATING)
 def _room(shape, x, weights, activation):
     if is_none(weights) and is_none(activation):
         return lambda shape, x, weights, activation: None
@@ -278,7 +281,7 @@ def tile_sums(x, weights, first, stride, rows, n, shift):
         i, whole = first + r * stride, whole_steps(n)
         ra, rb = row(x, i, n), row(x, i + stride, n)
         rc, rd = row(x, i + 2 * stride, n), row(x, i + 3 * stride, n)
-        a, b = shifted_sums_of_four(ra, rb, rc, rd, 0, whole, shift)
+        a, b = shifted_sums_of_four(ra, rb, rc, rd, whole - whole, whole, shift)
         rest_a, rest_b = shifted_sums_of_four(ra, rb, rc, rd, whole, n, shift)
         count += FOUR * n
         total += a + rest_a
