@@ -16,6 +16,7 @@ from nbnorm._cpu.tiles import (
     PIECE,
     TILE,
     entry,
+    grad_sums_of_four,
     in_fours,
     line_moments,
     parameter,
@@ -24,9 +25,9 @@ from nbnorm._cpu.tiles import (
     piece_grad_sums,
     reciprocal_stds,
     room,
-    segments_grad_sums,
     slot_count,
     weighted,
+    whole_and_rest,
     within,
 )
 from nbnorm._math import accumulate, add, affine, gradient_terms, recentered, reciprocal_std, rounded, settled
@@ -62,29 +63,17 @@ def chunk_moments(g, x, weights, slot, slots, chunk, moments):
         return
     for k in range(slot, slot + slots):
         moments[k * cut.chunks + chunk, 0] = 0.0
-    x, shift, sums = borrowed(x), scratch((1, SLOTS), x), np.empty((5, SLOTS))
+    x, shift, sums, found = borrowed(x), scratch(SLOTS, x), np.empty((3, SLOTS)), np.empty((2, SLOTS))
     tile_rows, tile_cols = max(1, min(rows, TILE // cols)), min(cols, TILE)
-    together = SLOTS if cols <= TILE else 1
+    stride, together = cut.group * cut.inner, SLOTS if cols <= TILE else 1
     for r in range(0, rows, tile_rows):
         height = min(tile_rows, rows - r)
         for k in range(slot, slot + slots, together):
             first, n = ((r0 + r) * cut.group + k) * cut.inner + c0, min(together, slot + slots - k)
             for c in range(0, cols, tile_cols):
                 width = min(tile_cols, cols - c)
-                means, m2s = row(sums[3], 0, n), row(sums[4], 0, n)
-                short_moments(
-                    x,
-                    first + c,
-                    cut.inner,
-                    n,
-                    cut.group * cut.inner,
-                    height,
-                    width,
-                    shift[0],
-                    sums,
-                    means,
-                    m2s,
-                )
+                means, m2s = row(found[0], 0, n), row(found[1], 0, n)
+                short_moments(x, first + c, cut.inner, n, stride, height, width, shift, sums, means, m2s)
                 add_tiles(g, k, n, chunk, np.float64(height * width), means, m2s, moments)
     for k in range(slot, slot + slots):
         own = moments[k * cut.chunks + chunk]
@@ -161,7 +150,7 @@ def apply_chunk(g, x, y, slot, slots, chunk, mean, rstd, weight, bias, residual,
 
 
 @inlined
-def segment_summands(cut, x, dy, residual, weights, slot, r, j, start, n, coefficients, activation, room, at):
+def segment_summands(cut, x, dy, residual, weights, slot, j, r, start, n, coefficients, activation, room, at):
     """`summands` of ``n`` columns of run ``j`` in row ``r``, by mean, scale and shift of `normalize`."""
     first = (r * cut.group + slot) * cut.inner + start
     return summands(
@@ -177,6 +166,40 @@ def note(own, j, a, b):
     own[2, j], own[3, j] = add(own[2, j], own[3, j], b)
 
 
+@inlined
+def add_segments(
+    g, x, dy, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums, room, first, end,
+    height,
+):  # fmt: skip
+    """Add to the sums of a chunk of each of some slots its segments in the rows [first, end), ``height`` at once."""
+    cut = unpack(g)
+    _, _, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
+    first_run, end_run = runs(c0, cols, cut.run)
+    for r in range(first, end, height):
+        for k in range(slot, slot + slots):
+            own = sums[k * cut.chunks + chunk]
+            mean_hi, hat_scale, _ = affine(mean[k], rstd[k], 1.0, 0.0, x)
+            for j in range(first_run, end_run):
+                start, size = bounds(cut, j, c0, cols)
+                given = (cut, x, dy, residual, weights, k, j)
+                how = (run_affine(cut, x, k, j, mean[k], rstd[k], weight, bias), activation, room)
+                if height == FOUR:
+                    xa, a = segment_summands(*given, r, start, size, *how, 0)
+                    xb, b = segment_summands(*given, r + 1, start, size, *how, size)
+                    xc, c = segment_summands(*given, r + 2, start, size, *how, 2 * size)
+                    xd, d = segment_summands(*given, r + 3, start, size, *how, 3 * size)
+                    four = (xa, xb, xc, xd, a, b, c, d)
+                    begin, whole, stop = whole_and_rest(size)
+                    part_a, part_b = grad_sums_of_four(*four, begin, whole, mean_hi, hat_scale)
+                    rest_a, rest_b = grad_sums_of_four(*four, whole, stop, mean_hi, hat_scale)
+                    note(own, j, part_a + rest_a, part_b + rest_b)
+                else:
+                    for i in range(start, start + size, piece(x)):
+                        n = min(piece(x), start + size - i)
+                        xa, a = segment_summands(*given, r, i, n, *how, 0)
+                        note(own, j, *piece_grad_sums(xa, a, None, mean_hi, hat_scale))
+
+
 @allocating
 def chunk_grad_sums(
     g, x, dy, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums
@@ -186,37 +209,13 @@ def chunk_grad_sums(
     The walk is along memory, short segments four at once.
     """
     cut = unpack(g)
-    own_room = room((2, PIECE), x, weights, activation)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
     fours = in_fours(rows, min(cut.run, cols), x)
-    for r in range(r0, r0 + fours, FOUR):
-        for k in range(slot, slot + slots):
-            own = sums[k * cut.chunks + chunk]
-            mean_hi, hat_scale, _ = affine(mean[k], rstd[k], 1.0, 0.0, x)
-            for j in range(first_run, end_run):
-                start, n = bounds(cut, j, c0, cols)
-                own_affine = run_affine(cut, x, k, j, mean[k], rstd[k], weight, bias)
-                given = (cut, x, dy, residual, weights, k)
-                where = (j, start, n, own_affine, activation, own_room)
-                xa, a = segment_summands(*given, r, *where, 0)
-                xb, b = segment_summands(*given, r + 1, *where, n)
-                xc, c = segment_summands(*given, r + 2, *where, 2 * n)
-                xd, d = segment_summands(*given, r + 3, *where, 3 * n)
-                note(own, j, *segments_grad_sums(xa, xb, xc, xd, a, b, c, d, mean_hi, hat_scale))
-    for r in range(r0 + fours, r0 + rows):
-        for k in range(slot, slot + slots):
-            own = sums[k * cut.chunks + chunk]
-            mean_hi, hat_scale, _ = affine(mean[k], rstd[k], 1.0, 0.0, x)
-            for j in range(first_run, end_run):
-                start, size = bounds(cut, j, c0, cols)
-                own_affine = run_affine(cut, x, k, j, mean[k], rstd[k], weight, bias)
-                for i in range(start, start + size, piece(x)):
-                    n = min(piece(x), start + size - i)
-                    xa, a = segment_summands(
-                        cut, x, dy, residual, weights, k, r, j, i, n, own_affine, activation, own_room, 0
-                    )
-                    note(own, j, *piece_grad_sums(xa, a, None, mean_hi, hat_scale))
+    given = (g, x, dy, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums)
+    own_room = room((2, PIECE), x, weights, activation)
+    add_segments(*given, own_room, r0, r0 + fours, FOUR)
+    add_segments(*given, own_room, r0 + fours, r0 + rows, 1)
     for k in range(slot, slot + slots):
         own = sums[k * cut.chunks + chunk]
         mean_hi, _, _ = affine(mean[k], rstd[k], 1.0, 0.0, x)

@@ -20,9 +20,9 @@ from nbnorm._view import View
 # the other, four in all, whose terms of the parameters' gradients are added at once (benchmarks/choices.py).
 ROWS = 8
 SHORT_PAIR = 128  # of x and dy
-# Bytes of a row of x and of y up to which forward takes such rows together, where x and y fit a quarter of the last-level
-# cache: 384 to 2048 columns take 0.82 to 0.97 of the time there. Of more, or where that cache is remote, columns and
-# elements of all these rows are fewer: 512 columns take up to a quarter less time row by row (Zen 4,
+# Bytes of a row of x and of y up to which forward takes such rows together, where x and y fit a quarter of the
+# last-level cache: 384 to 2048 columns take 0.82 to 0.97 of the time there. Of more, or where that cache is remote,
+# columns and elements of all these rows are fewer: 512 columns take up to a quarter less time row by row (Zen 4,
 # benchmarks/choices.py).
 ROW = 1 << 14
 PAST_ROW = 256

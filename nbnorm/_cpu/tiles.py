@@ -68,9 +68,9 @@ def in_fours(rows, n, x):
 
 
 @helper
-def whole_steps(n):
-    """How many of ``n`` columns such a loop takes in whole steps."""
-    return n // (STEP // FOUR) * (STEP // FOUR)
+def whole_and_rest(n):
+    """Where the columns begin and end that such a loop takes in whole steps, and where those end that are left over."""
+    return np.int64(0), n // (STEP // FOUR) * (STEP // FOUR), n
 
 
 @helper
@@ -185,15 +185,6 @@ def piece_grad_sums(x, dy, weight, mean_hi, rstd):
     return sum_g, sum_g_x_hat
 
 
-@inlined
-def segments_grad_sums(xa, xb, xc, xd, a, b, c, d, mean_hi, rstd):
-    """`piece_grad_sums` of four short segments together; there are no weights."""
-    whole = whole_steps(xa.shape[0])
-    sum_g, sum_g_x_hat = grad_sums_of_four(xa, xb, xc, xd, a, b, c, d, 0, whole, mean_hi, rstd)
-    rest_g, rest_g_x_hat = grad_sums_of_four(xa, xb, xc, xd, a, b, c, d, whole, xa.shape[0], mean_hi, rstd)
-    return sum_g + rest_g, sum_g_x_hat + rest_g_x_hat
-
-
 @reduction
 def grad_sums_of_four(xa, xb, xc, xd, a, b, c, d, first, end, mean_hi, rstd):
     """Sums of g = dy and of g * x_hat over the columns [first, end) of four segments."""
@@ -278,11 +269,12 @@ def tile_sums(x, weights, first, stride, rows, n, shift):
     count = total = squares = 0.0
     fours = in_fours(rows, n, x) if weights is None else 0
     for r in range(0, fours, FOUR):
-        i, whole = first + r * stride, whole_steps(n)
-        ra, rb = row(x, i, n), row(x, i + stride, n)
-        rc, rd = row(x, i + 2 * stride, n), row(x, i + 3 * stride, n)
-        a, b = shifted_sums_of_four(ra, rb, rc, rd, whole - whole, whole, shift)
-        rest_a, rest_b = shifted_sums_of_four(ra, rb, rc, rd, whole, n, shift)
+        i = first + r * stride
+        j, k, m = i + stride, i + 2 * stride, i + 3 * stride
+        segments = row(x, i, n), row(x, j, n), row(x, k, n), row(x, m, n)
+        start, whole, end = whole_and_rest(n)
+        a, b = shifted_sums_of_four(*segments, start, whole, shift)
+        rest_a, rest_b = shifted_sums_of_four(*segments, whole, end, shift)
         count += FOUR * n
         total += a + rest_a
         squares += b + rest_b
