@@ -32,7 +32,8 @@ def by_type(function: Any, **options: Any) -> Any:
 
     Python calls the function itself, kernels what the chooser returns.
     """
-    return overload(function, jit_options={**INNER, **options})  # type: ignore[arg-type]
+    compiled: Any = {**INNER, **options}
+    return overload(function, jit_options=compiled)
 
 
 def is_none(given: Any) -> bool:

@@ -133,7 +133,7 @@ def _by_parameter(view: View, sums: Sums) -> Sums:
     dz, dz_x_hat = sums
     if dz.size == parameters:
         return dz.reshape(-1), dz_x_hat.reshape(-1)
-    return dz.reshape(-1, parameters).sum(axis=0), dz_x_hat.reshape(-1, parameters).sum(axis=0)
+    return np.add.reduce(dz.reshape(-1, parameters)), np.add.reduce(dz_x_hat.reshape(-1, parameters))
 
 
 def input_grad(
