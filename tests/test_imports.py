@@ -136,5 +136,5 @@ def test_the_reader_of_imports_reads():
     assert {part_of(path) for path in FILES} >= {"__init__", "functional", "layers", "_view", "_math", "_cpu"}
     assert "layer_norms" in internal(PACKAGE / "layers.py")
     assert {"_call", "_checks"} <= internal(PACKAGE / "functional.py")
-    assert "_math" in internal(PACKAGE / "_cpu" / "planes.py")
+    assert "_math" in internal(PACKAGE / "_cpu" / "slots.py")
     assert "numpy" in {name.split(".")[0] for name in imported(PACKAGE / "functional.py")}
