@@ -22,7 +22,8 @@ SLOTS = 16
 def short_moments(x, first, apart, slots, stride, rows, n, shift, sums, mean, m2):
     """Mean and m2 of slots that begin ``apart`` elements from each other, each ``rows`` segments of ``n``.
 
-    Without means they are taken as 0. ``shift`` and ``sums``, three rows, have room for as many values as the slots.
+    Without means, which are then taken as 0, a slot is one segment. ``shift`` and ``sums``, three rows, have room for
+    as many values as the slots.
     """
     for k in range(slots):
         i = first + k * apart

@@ -27,7 +27,6 @@ from nbnorm._cpu.tiles import (
     room,
     slot_count,
     weighted,
-    whole_and_rest,
     within,
 )
 from nbnorm._math import accumulate, add, affine, gradient_terms, recentered, reciprocal_std, rounded, settled
@@ -188,11 +187,7 @@ def add_segments(
                     xb, b = segment_summands(*given, r + 1, start, size, *how, size)
                     xc, c = segment_summands(*given, r + 2, start, size, *how, 2 * size)
                     xd, d = segment_summands(*given, r + 3, start, size, *how, 3 * size)
-                    four = (xa, xb, xc, xd, a, b, c, d)
-                    begin, whole, stop = whole_and_rest(size)
-                    part_a, part_b = grad_sums_of_four(*four, begin, whole, mean_hi, hat_scale)
-                    rest_a, rest_b = grad_sums_of_four(*four, whole, stop, mean_hi, hat_scale)
-                    note(own, j, part_a + rest_a, part_b + rest_b)
+                    note(own, j, *grad_sums_of_four(xa, xb, xc, xd, a, b, c, d, mean_hi, hat_scale))
                 else:
                     for i in range(start, start + size, piece(x)):
                         n = min(piece(x), start + size - i)

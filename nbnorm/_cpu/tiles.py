@@ -30,13 +30,15 @@ from nbnorm._math import (
 # is longer than 32 additions, which keeps a float32 sum within about one part in ten million.
 PIECE = 1024
 WIDE_PIECE = 256  # of float64, whose accumulators are fewer and whose promise is tighter
-# Values that the loop over a piece takes in one step at most. What is left over has sums of its own: added to those of
+# Values, or columns, that a loop takes in one step at most. What is left over has sums of its own: added to those of
 # the whole steps one by one, it cost one variance in 20,000 its promise (tests/test_numerics.py).
 STEP = 64
+VECTOR = 16  # values of the widest vectors
 # Short segments, or samples, that a loop goes through at once: what it does once, as putting its accumulators together
 # or reading and writing sums, it does for all of them. Segments of 81 to 196 take 0.75 to 0.9 of the time then
 # (benchmarks/bench_batch_norm.py, ShortSegments, before and after; in cache, on Zen 4).
 FOUR = 4
+FOUR_COLUMNS = 128  # for which their accumulators, half as many as those of a piece, do
 # Values that share a shift and one Chan merge (16 KB of float32, half a first-level cache).
 TILE = 4096
 # Values that one task reads where a slot is split among threads.
@@ -68,9 +70,11 @@ def in_fours(rows, n, x):
 
 
 @helper
-def whole_and_rest(n):
-    """Where the columns begin and end that such a loop takes in whole steps, and where those end that are left over."""
-    return np.int64(0), n // (STEP // FOUR) * (STEP // FOUR), n
+def next_columns(n):
+    """How many of the ``n`` columns left are summed next: whole steps, whole vectors, or what they leave over."""
+    if n >= STEP:
+        return min(n // STEP * STEP, FOUR_COLUMNS)
+    return n // VECTOR * VECTOR if n >= VECTOR else n
 
 
 @helper
@@ -127,13 +131,18 @@ def shifted_sums(x, weights, shift):
 
 @reduction
 def shifted_sums_of_four(a, b, c, d, first, end, shift):
-    """Sums of (x - shift) and of (x - shift)**2 over the columns [first, end) of four short segments together."""
-    total = squares = rounded(0.0, a)
+    """Sums of (x - shift) and of (x - shift)**2 over the columns [first, end) of four short segments together.
+
+    Each half has accumulators of its own: variances are half as accurate where all four have the same.
+    """
+    total = other_total = squares = other_squares = rounded(0.0, a)
     for i in range(first, end):
         da, db, dc, dd = widen(a[i]) - shift, widen(b[i]) - shift, widen(c[i]) - shift, widen(d[i]) - shift
-        total += (da + db) + (dc + dd)
-        squares += (da * da + db * db) + (dc * dc + dd * dd)
-    return np.float64(total), np.float64(squares)
+        total += da + db
+        other_total += dc + dd
+        squares += da * da + db * db
+        other_squares += dc * dc + dd * dd
+    return np.float64(total) + np.float64(other_total), np.float64(squares) + np.float64(other_squares)
 
 
 @reduction
@@ -186,16 +195,20 @@ def piece_grad_sums(x, dy, weight, mean_hi, rstd):
 
 
 @reduction
-def grad_sums_of_four(xa, xb, xc, xd, a, b, c, d, first, end, mean_hi, rstd):
-    """Sums of g = dy and of g * x_hat over the columns [first, end) of four segments."""
-    sum_g = sum_g_x_hat = rounded(0.0, xa)
-    for i in range(first, end):
+def grad_sums_of_four(xa, xb, xc, xd, a, b, c, d, mean_hi, rstd):
+    """`piece_grad_sums` of four short segments together, without weights."""
+    sum_g = other_g = sum_g_x_hat = other_g_x_hat = rounded(0.0, xa)
+    for i in range(xa.shape[0]):
         da, db, dc, dd = widen(a[i]), widen(b[i]), widen(c[i]), widen(d[i])
-        sum_g += (da + db) + (dc + dd)
-        sum_g_x_hat += (
-            da * standardize(widen(xa[i]), mean_hi, rstd) + db * standardize(widen(xb[i]), mean_hi, rstd)
-        ) + (dc * standardize(widen(xc[i]), mean_hi, rstd) + dd * standardize(widen(xd[i]), mean_hi, rstd))
-    return sum_g, sum_g_x_hat
+        sum_g += da + db
+        other_g += dc + dd
+        sum_g_x_hat += da * standardize(widen(xa[i]), mean_hi, rstd) + db * standardize(
+            widen(xb[i]), mean_hi, rstd
+        )
+        other_g_x_hat += dc * standardize(widen(xc[i]), mean_hi, rstd) + dd * standardize(
+            widen(xd[i]), mean_hi, rstd
+        )
+    return np.float64(sum_g) + np.float64(other_g), np.float64(sum_g_x_hat) + np.float64(other_g_x_hat)
 
 
 def part(values, first, n):
@@ -271,13 +284,16 @@ def tile_sums(x, weights, first, stride, rows, n, shift):
     for r in range(0, fours, FOUR):
         i = first + r * stride
         j, k, m = i + stride, i + 2 * stride, i + 3 * stride
-        segments = row(x, i, n), row(x, j, n), row(x, k, n), row(x, m, n)
-        start, whole, end = whole_and_rest(n)
-        a, b = shifted_sums_of_four(*segments, start, whole, shift)
-        rest_a, rest_b = shifted_sums_of_four(*segments, whole, end, shift)
+        start = 0
+        while start < n:
+            end = start + next_columns(n - start)
+            a, b = shifted_sums_of_four(
+                row(x, i, n), row(x, j, n), row(x, k, n), row(x, m, n), start, end, shift
+            )
+            total += a
+            squares += b
+            start = end
         count += FOUR * n
-        total += a + rest_a
-        squares += b + rest_b
     for r in range(fours, rows):
         c, a, b = sums_about(row(x, first + r * stride, n), weights, shift)
         count += c
