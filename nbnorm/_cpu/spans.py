@@ -22,7 +22,7 @@ ROWS = 8
 SHORT_PAIR = 128  # of x and dy
 # Bytes of a row of x and of y up to which forward takes such rows together, where x and y fit a quarter of the
 # last-level cache: 384 to 2048 columns of float32 take 0.82 to 0.97 of the time there. Of more, or where that cache is
-# remote, columns and elements of all these rows are fewer: 512 columns take up to a quarter less time row by row (Zen 4,
+# remote, columns and elements of these rows are fewer: 512 columns take up to a quarter less time row by row (Zen 4,
 # benchmarks/choices.py).
 ROW = 1 << 14
 PAST_ROW = 256
