@@ -277,10 +277,10 @@ def sums_about(x, weights, shift):
 
 
 @inlined
-def tile_sums(x, weights, first, stride, rows, n, shift):
-    """Count and shifted sums of ``rows`` segments of ``n`` neighbours, ``stride`` apart; weights are those of one."""
-    count = total = squares = 0.0
-    fours = in_fours(rows, n, x) if weights is None else 0
+def tile_sums(x, first, stride, rows, n, shift):
+    """`shifted_sums` of ``rows`` segments of ``n`` neighbours, ``stride`` apart, short ones four at once."""
+    total = squares = 0.0
+    fours = in_fours(rows, n, x)
     for r in range(0, fours, FOUR):
         i = first + r * stride
         j, k, m = i + stride, i + 2 * stride, i + 3 * stride
@@ -293,26 +293,24 @@ def tile_sums(x, weights, first, stride, rows, n, shift):
             total += a
             squares += b
             start = end
-        count += FOUR * n
     for r in range(fours, rows):
-        c, a, b = sums_about(row(x, first + r * stride, n), weights, shift)
-        count += c
+        _, a, b = sums_about(row(x, first + r * stride, n), None, shift)
         total += a
         squares += b
-    return count, total, squares
+    return total, squares
 
 
 @inlined
-def tile_moments(x, weights, first, stride, rows, n):
-    """Count, mean and m2 of what `tile_sums` goes through once."""
-    shift = nearby(row(x, first, n)) if weights is None else nearby_counted(row(x, first, n), weights)
-    count, total, squares = tile_sums(x, weights, first, stride, rows, n, shift)
+def tile_moments(x, weights):
+    """Count, mean and m2 of neighbours in one pass of shifted sums."""
+    shift = nearby(x) if weights is None else nearby_counted(x, weights)
+    count, total, squares = sums_about(x, weights, shift)
     if count == 0.0:
         return 0.0, 0.0, 0.0
     m2 = about_mean(total, squares, count)
     if trusted(squares, m2, x.itemsize < 8):
         return count, shift + total / count, m2
-    return careful_tile_moments(x, weights, first, stride, rows, n)
+    return careful_tile_moments(x, weights, 0, 0, 1, x.shape[0])
 
 
 @inlined
@@ -323,7 +321,7 @@ def line_moments(x, weights, centered):
         size = min(TILE, x.shape[0] - i)
         tile_n, tile_mean, tile_m2 = np.float64(size), 0.0, 0.0
         if centered:
-            tile_n, tile_mean, tile_m2 = tile_moments(x, part(weights, i, size), i, 0, 1, size)
+            tile_n, tile_mean, tile_m2 = tile_moments(row(x, i, size), part(weights, i, size))
         else:
             tile_m2 = tile_squares(row(x, i, size))
         if i == 0:  # as `accumulate` would have it, but short lines notice its call
