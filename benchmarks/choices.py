@@ -202,7 +202,7 @@ def together() -> None:
 def rows_together() -> None:
     """Layer norm of which more and more rows are taken together, pass after pass; in cache and past it."""
     for width, size in product(
-        (32, 96, 128, 256, 384, 512, 768, 1024, 2048), (1 << 16, 1 << 18, 1 << 20, 1 << 23)
+        (32, 96, 128, 256, 384, 512, 768, 1024, 2048), (1 << 16, 1 << 18, 1 << 20, 1 << 21, 1 << 23)
     ):
         case = Case("layer", (size // width, width))
         for name, field in (("forward", "step"), ("backward", "together")):
@@ -212,7 +212,10 @@ def rows_together() -> None:
             chosen = spans.Cut(*rows.geometry(view, 2, False, moved(name, b)).tolist())
             own = getattr(chosen, field)
             numbers = sorted({1, 4, 8, 16, 32} if name == "forward" else {4, 8}, key=lambda n: n != own)
-            ways = {n: with_cut(rows, chosen._replace(**{field: n}), call) for n in numbers}
+            ways: dict[Any, Callable[[], object]] = {
+                n: with_cut(rows, chosen._replace(**{field: n}), call) for n in numbers
+            }
+            ways["copy"] = lambda b=b: np.copyto(b.out, b.dy)
             show(f"rows together, {name} {case.shape}, chosen {own}", ways)
 
 

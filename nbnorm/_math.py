@@ -16,7 +16,7 @@ from numba.extending import overload
 from nbnorm._inner import Inner
 
 # Called by kernels alone: neither Python nor C can. They count no references to arrays, two locked instructions each
-# time and a tenth of the code, so that only what `ALLOCATING` says may make one.
+# time: a function that makes arrays asks for that (ALLOCATING).
 INNER: dict[str, Any] = {
     "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": Inner,
     "_nrt": False,

@@ -13,7 +13,7 @@ from math import prod
 
 # Bytes of the longest channels-first segments that are walked as columns of C*S lanes, and of a segment for each row of
 # lanes: SIMD loops over shorter segments are mostly head and tail, but each lane has sums and coefficients of its own,
-# for which it takes some rows (segments of 16 to 484 bytes in 2 to 128 rows; benchmarks/choices.py, Zen 4).
+# for which it takes some rows (segments of 9 to 121 values in 2 to 128 rows; benchmarks/choices.py, Zen 4).
 SHORT_SEGMENT = 256
 SEGMENT_BY_ROWS = 12
 

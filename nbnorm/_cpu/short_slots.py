@@ -13,8 +13,8 @@ from nbnorm._cpu.memory import row
 from nbnorm._cpu.tiles import careful_tile_moments, nearby, tile_squares, tile_sums
 from nbnorm._math import rounded
 
-# Slots that are taken together: 64 values each take 0.9 of the time of eight together, 0.55 of that one by one (Zen 4,
-# benchmarks/choices.py, rows together).
+# Slots that are taken together: rows of 32 values take 0.9 of the time of eight together, half of that one by one
+# (Zen 4, benchmarks/choices.py, rows together).
 SLOTS = 16
 
 

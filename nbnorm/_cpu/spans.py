@@ -20,10 +20,10 @@ from nbnorm._view import View
 # the other, four in all, whose terms of the parameters' gradients are added at once (benchmarks/choices.py).
 ROWS = 8
 SHORT_PAIR = 128  # of x and dy
-# Bytes of a row of x and of y up to which forward takes such rows together, where x and y fit a quarter of the
-# last-level cache: 384 to 2048 columns of float32 take 0.82 to 0.97 of the time there. Of more, or where that cache is
-# remote, columns and elements of these rows are fewer: 512 columns take up to a quarter less time row by row (Zen 4,
-# benchmarks/choices.py).
+# Bytes of a row of x and of y up to which forward takes such rows together, where x and y fit half of the last-level
+# cache: 384 to 768 columns of float32 take 0.78 to 0.97 of the time there, up to 2048 take 0.84 to 1.02. Of more, or
+# where that cache is remote, columns and elements of these rows are fewer: 512 columns take up to a quarter less time
+# row by row (Zen 4, benchmarks/choices.py).
 ROW = 1 << 14
 PAST_ROW = 256
 PAST = 2048
@@ -79,7 +79,7 @@ def geometry(
 
 def rows_together(rows: int, inner: int, size: int) -> int:
     """Return how many rows forward takes together, if x and y have ``size`` bytes."""
-    if size <= last_level() // 4 and not remote():
+    if size <= last_level() // 2 and not remote():
         return SLOTS if inner <= TILE and size <= rows * ROW else 1
     return min(SLOTS, PAST // max(inner, 1)) if inner <= PAST_ROW else 1
 

@@ -35,10 +35,12 @@ WIDE_PIECE = 256  # of float64, whose accumulators are fewer and whose promise i
 STEP = 64
 VECTOR = 16  # values of the widest vectors
 # Short segments, or samples, that a loop goes through at once: what it does once, as putting its accumulators together
-# or reading and writing sums, it does for all of them. Segments of 81 to 196 take 0.75 to 0.9 of the time then
-# (benchmarks/bench_batch_norm.py, ShortSegments, before and after; in cache, on Zen 4).
+# or reading and writing sums, it does for all of them. Segments of 81 to 196 take 0.7 to 0.9 of the time then
+# (benchmarks/bench_batch_norm.py, ShortSegments, before and after; Zen 4).
 FOUR = 4
-FOUR_COLUMNS = 128  # for which their accumulators, half as many as those of a piece, do
+# Columns of them that are summed before float64 takes over: their accumulators are half as many as those of a piece,
+# and with eight values in a vector 196 columns broke the promise of the variance.
+FOUR_COLUMNS = 128
 # Values that share a shift and one Chan merge (16 KB of float32, half a first-level cache).
 TILE = 4096
 # Values that one task reads where a slot is split among threads.
