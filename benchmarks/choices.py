@@ -17,7 +17,7 @@ from unittest.mock import patch
 import numpy as np
 
 with suppress(ImportError):  # asv reads every file of this folder, with versions that lack them
-    from nbnorm import _view
+    from nbnorm import _cpu, _view
     from nbnorm._cpu import columns, cut, grid, planes, rows, spans
     from nbnorm._view import batch_view, trailing_view
 
@@ -90,12 +90,12 @@ def show(title: str, calls: dict[Any, Callable[[], object]]) -> None:
     print(f"{title}: {times} x {seconds[0] * 1e6:.1f} us")
 
 
-def with_cut(walk: Any, cut: Any, call: Callable[[], object]) -> Callable[[], object]:
+def with_cut(cut: Any, call: Callable[[], object]) -> Callable[[], object]:
     """Return a call whose traversal cuts arrays in another way."""
-    g = np.array(cut)
+    start, g = _cpu.start, np.array(cut)
 
     def run() -> None:
-        with patch.object(walk, "geometry", lambda *arguments: g):
+        with patch.object(_cpu, "start", lambda *arguments: start(*arguments)._replace(geometry=g)):
             call()
 
     return run
@@ -149,7 +149,7 @@ def chunks() -> None:
             assert view is not None
             chosen = grid.Cut(*columns.geometry(view, 2).tolist())
             numbers = sorted({2, 3, 4, 7, 8, 16}, key=lambda n: n != chosen.chunks)
-            ways = {n: with_cut(columns, in_chunks(chosen, n), call) for n in numbers}
+            ways = {n: with_cut(in_chunks(chosen, n), call) for n in numbers}
             show(f"chunks, {name} {shape}, chosen {chosen.chunks}", ways)
 
 
@@ -177,7 +177,7 @@ def folded() -> None:
                     own = chosen._replace(
                         fold=fold, block=lanes, lanes=lanes, chunk=rows, rows=rows, spare=spare
                     )
-                    ways[fold] = with_cut(columns, own, call)
+                    ways[fold] = with_cut(own, call)
             show(f"rows side by side, {name} {shape}, chosen {chosen.fold}", ways)
 
 
@@ -191,7 +191,7 @@ def together() -> None:
         for name, call in (("forward", forward), ("backward", backward)):
             chosen = cut.Cut(*planes.geometry(view, 2, False, moved(name, b)).tolist())
             calls: dict[Any, Callable[[], object]] = {
-                slots: with_cut(planes, chosen._replace(slots=slots), call)
+                slots: with_cut(chosen._replace(slots=slots), call)
                 for slots in sorted({1, 2, 4, 8, 16, 32, chosen.slots})
             }
             # Another call between them, as in a network: what a call leaves in the caches is not what it finds.
@@ -213,7 +213,7 @@ def rows_together() -> None:
             own = getattr(chosen, field)
             numbers = sorted({1, 4, 8, 16, 32} if name == "forward" else {4, 8}, key=lambda n: n != own)
             ways: dict[Any, Callable[[], object]] = {
-                n: with_cut(rows, chosen._replace(**{field: n}), call) for n in numbers
+                n: with_cut(chosen._replace(**{field: n}), call) for n in numbers
             }
             ways["copy"] = lambda b=b: np.copyto(b.out, b.dy)
             show(f"rows together, {name} {case.shape}, chosen {own}", ways)
@@ -227,7 +227,7 @@ def fetched() -> None:
             view = trailing_view(b.x.shape, b.x.strides, b.x.itemsize, 1)
             assert view is not None
             chosen = spans.Cut(*rows.geometry(view, 2, False, moved("forward", b), b.x.itemsize < 4).tolist())
-            ways = {n: with_cut(rows, chosen._replace(ahead=n), call) for n in (0, chosen.step)}
+            ways = {n: with_cut(chosen._replace(ahead=n), call) for n in (0, chosen.step)}
             show(f"rows in advance, {shape} {dtype}, chosen {chosen.ahead}", ways)
 
 
@@ -241,7 +241,7 @@ def streamed() -> None:
             plain, past = (kind(*walk.geometry(view, 2, False, s).tolist()) for s in (0, 1 << 60))
             past = past._replace(streamed=1)
             ways: dict[Any, Callable[[], object]] = {
-                "plain": with_cut(walk, plain, call), "streamed": with_cut(walk, past, call)
+                "plain": with_cut(plain, call), "streamed": with_cut(past, call)
             }  # fmt: skip
             ways["copy"] = lambda b=b: np.copyto(b.out, b.dy)
             chosen = kind(*walk.geometry(view, 2, False, moved(name, b), b.x.itemsize < 4).tolist()).streamed

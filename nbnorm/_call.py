@@ -33,6 +33,7 @@ class Call(NamedTuple):
     sample_axis: int
     eps: float
     out: Array | None
+    apart: bool  # whether ``out`` surely shares no memory with what came, seen at a glance
 
 
 class Options(NamedTuple):
@@ -136,12 +137,12 @@ def _call(
         residual = _layout.arrange(residual, x)
     marker = None if activation is None else _activation.marker(*activation, double=source.itemsize == 8)
     epilogue = Epilogue(weight, bias, residual, marker)
-    return Call(operation, source, x, view, results, epilogue, with_residual, mask, samples, eps, out)
+    return Call(operation, source, x, view, results, epilogue, with_residual, mask, samples, eps, out, apart)
 
 
 def keep_inputs(call: Call) -> None:
     """Refuse to write over what backward needs: x, and the residual below an activation."""
-    if call.out is not None:
+    if call.out is not None and not call.apart:
         _checks.disjoint("out", call.out, [("x", call.source)], ", which backward needs")
         if call.epilogue.activation is not None:
             residual = [("residual", call.epilogue.residual)]
@@ -173,11 +174,9 @@ def apply(call: Call, mean: Array, rstd: Array) -> Array:
 
 def _room(call: Call) -> tuple[Array, Array]:
     """Return the result, and where kernels may write it."""
-    target = call.out
-    if target is None:
-        target = _layout.empty_like(call.source)
-        if call.order is None:
-            return target, target
+    target = _layout.empty_like(call.source) if call.out is None else call.out
+    if target.strides == call.x.strides and (call.out is None or call.apart):
+        return target, target
     return target, _layout.workspace(target, call.x, call.x, call.epilogue.residual)
 
 

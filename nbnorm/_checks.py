@@ -289,8 +289,7 @@ def fitting_pair(running_mean: Any, running_var: Any, channels: int, others: Seq
         and running_var.dtype in PARAMETERS
         and running_mean.flags.behaved
         and running_var.flags.behaved
-        and apart(running_mean, running_var, *others)
-        and apart(running_var, *others)
+        and distinct(running_mean, running_var, *others)
     )
 
 
@@ -389,13 +388,11 @@ def overlap(a: np.ndarray, b: np.ndarray) -> bool:
 
 def distinct(*arrays: Any) -> bool:
     """Whether arrays surely share no memory with each other, seen at a glance: `apart` for all pairs."""
-    seen = set()
-    for array in arrays:
-        if array is not None:
-            if type(array) is not np.ndarray or array.base is not None or id(array) in seen:
-                return False
-            seen.add(id(array))
-    return True
+    given = [array for array in arrays if array is not None]
+    for array in given:
+        if type(array) is not np.ndarray or array.base is not None:
+            return False
+    return len(set(map(id, given))) == len(given)
 
 
 def keys(name: str, mapping: Mapping[str, Any], expected: Collection[str]) -> None:

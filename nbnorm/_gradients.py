@@ -46,10 +46,11 @@ def backward(
         buffers[0],
         buffers[-1] if saved.with_residual else None,
     )
-    gradients = [dx]
-    for which, like, buffer, is_wanted in zip((1, 0), likes[1:], buffers[1:], wanted[1:], strict=False):
-        gradients.append(_cast(sums[which], like, buffer) if is_wanted else None)
-    return (*gradients, dresidual) if saved.with_residual else tuple(gradients)
+    dweight = _cast(sums[1], saved.weight, buffers[1]) if wanted[1] else None
+    gradients: tuple[Array | None, ...] = (dx, dweight)
+    if len(names) > 2:
+        gradients += (_cast(sums[0], saved.bias, buffers[2]) if wanted[2] else None,)
+    return (*gradients, dresidual) if saved.with_residual else gradients
 
 
 def _needed(need: Collection[str], names: tuple[str, ...], known: tuple[str, ...]) -> Collection[str]:

@@ -18,6 +18,10 @@ from numba.core.compiler import Compiler
 
 # An attribute of LLVM that llvmlite does not know; it means nothing where vectors are shorter.
 _WIDE = '"prefer-vector-width"="512"'
+# Passes of Numba that look for comprehensions, functions inlined by it, expressions of whole arrays and `with`.
+_NEEDLESS = {
+    "inline_closure_likes", "inline_inlinables", "inline_overloads", "nopython_rewrites", "with_lifting",
+}  # fmt: skip
 
 
 class WideCode(JITCodeLibrary):
@@ -82,6 +86,17 @@ class InnerCode(PartCode):
         return found
 
 
+class CalledCode(InnerCode):
+    """Code that a kernel has once and calls, wherever it is used."""
+
+    def add_ir_module(self, module: Any) -> None:
+        """Take a module in."""
+        for function in module.functions:
+            if not function.is_declaration:
+                function.attributes.add("noinline")
+        super().add_ir_module(module)
+
+
 class Codegen:
     """Numba's generator of code, but what it makes is code of ours."""
 
@@ -113,20 +128,39 @@ class Wide(Compiler):
         return super().define_pipelines()  # type: ignore[no-untyped-call]
 
 
-class Loop(Wide):
+class Part(Wide):
+    """Numba's compiler for what kernels call."""
+
+    def define_pipelines(self) -> Any:
+        """Return Numba's own pipelines without what looks for things that are not there."""
+        pipelines = super().define_pipelines()
+        for pipeline in pipelines:
+            pipeline.passes = [one for one in pipeline.passes if one[0].name() not in _NEEDLESS]
+        return pipelines
+
+
+class Loop(Part):
     """Numba's compiler for loops that kernels take in."""
 
     code = LoopCode
 
 
-class Inner(Wide):
-    """Numba's compiler for all else that kernels call."""
+class Inner(Part):
+    """Numba's compiler for all else that kernels take in."""
 
     code = InnerCode
 
 
-class Outer(Inner):
+class Called(Part):
+    """Numba's compiler for what kernels call and do not take in."""
+
+    code = CalledCode
+
+
+class Outer(Wide):
     """Numba's compiler for kernels, whose parallel loops, a function in three wrappers each, are inner code."""
+
+    code = InnerCode
 
     def define_pipelines(self) -> Any:
         """Return Numba's own pipelines; the kernel itself is what Numba makes of it."""

@@ -11,20 +11,22 @@ from typing import Any
 
 import numpy as np
 from numba import njit, types
+from numba.core.typing.templates import infer, infer_global, make_intrinsic_template
 from numba.extending import overload
 
 from nbnorm._inner import Inner
 
 # Called by kernels alone: neither Python nor C can. They count no references to arrays, two locked instructions each
-# time: a function that makes arrays asks for that (ALLOCATING).
+# time: a function that makes arrays asks for that (ALLOCATING). What is not said here a function would take from the
+# first that calls it.
 INNER: dict[str, Any] = {
-    "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": Inner,
-    "_nrt": False,
+    "error_model": "numpy", "fastmath": False, "forceinline": False, "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True, "pipeline_class": Inner, "_nrt": False,
 }  # fmt: skip
 ALLOCATING: dict[str, Any] = {"_nrt": True}
 formula = njit(**INNER)
 # Of the shape a * b + c, whose product and sum are rounded once where the machine can, the same way everywhere.
-fused_formula = njit(**INNER, fastmath={"contract"})
+fused_formula = njit(**{**INNER, "fastmath": {"contract"}})
 
 
 def by_type(function: Any, **options: Any) -> Any:
@@ -36,9 +38,35 @@ def by_type(function: Any, **options: Any) -> Any:
     return overload(function, jit_options=compiled)
 
 
+def emitted(function: Any) -> Any:
+    """Register what emits code where kernels call a function, as Numba's `intrinsic` does for one of its own.
+
+    Python calls the function itself. There is nothing to compile first, a fiftieth of a second each for every type of
+    arguments (benchmarks/bench_start.py, before and after).
+    """
+
+    def register(definition: Any) -> Any:
+        template = make_intrinsic_template(function, definition, function.__name__)
+        infer(template)
+        infer_global(function, types.Function(template))
+        return definition
+
+    return register
+
+
+def nothing(*arguments: Any) -> Any:
+    """Return, for `emitted`, the signature of a function that returns None, and its code."""
+    return types.none(*arguments), lambda context, *_: context.get_dummy_value()
+
+
 def is_none(given: Any) -> bool:
     """Whether an argument, or its type while a kernel compiles, is that of None."""
     return given is None or isinstance(given, types.NoneType | types.Omitted)
+
+
+def computing_type(like: Any) -> Any:
+    """Return Numba's type of what elements of an array, of which the type is given, are computed in."""
+    return types.float64 if like.dtype == types.float64 else types.float32
 
 
 def rounded(value, like):
@@ -46,11 +74,14 @@ def rounded(value, like):
     return np.float64(value) if like.itemsize == 8 else np.float32(value)
 
 
-@by_type(rounded)
-def _rounded(value, like):
-    if like.dtype == types.float64:
-        return lambda value, like: np.float64(value)
-    return lambda value, like: np.float32(value)
+@emitted(rounded)
+def _rounded(typingctx, value, like):
+    result = computing_type(like)
+
+    def generate(context, builder, signature, args):
+        return context.cast(builder, args[0], value, result)
+
+    return result(value, like), generate
 
 
 @formula

@@ -20,9 +20,11 @@ SEGMENT_BY_ROWS = 12
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class View:
     """An array in memory order seen as ``(batch, outer, group, inner)``.
+
+    Two are equal if they are the same: views are keys of the cache of launches, which small calls notice.
 
     Attributes
     ----------
@@ -45,29 +47,14 @@ class View:
     width: int
     run: int
     traversal: str
-    slots: int = field(init=False, compare=False, repr=False)
-    values: int = field(init=False, compare=False, repr=False)
-    size: int = field(init=False, compare=False, repr=False)
+    slots: int = field(init=False, repr=False)
+    values: int = field(init=False, repr=False)
+    size: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "slots", self.batch * self.group)
         object.__setattr__(self, "values", self.outer * self.inner)
         object.__setattr__(self, "size", self.slots * self.values)
-        own = (
-            self.batch,
-            self.outer,
-            self.group,
-            self.inner,
-            self.period,
-            self.width,
-            self.run,
-            self.traversal,
-        )
-        object.__setattr__(self, "_hash", hash(own))
-
-    def __hash__(self) -> int:
-        """Return the hash, computed once: views are keys of every cache of launches."""
-        return self._hash  # type: ignore[attr-defined, no-any-return]
 
 
 @lru_cache(maxsize=4096)

@@ -95,13 +95,12 @@ def update(pair: Pair, mean: np.ndarray, var: np.ndarray | None, rule: Rule) -> 
     if rule.momentum == 0.0:
         return 0
     _checks.together(("the batch", "running_mean", "running_var"), (mean, *pair))
-    dense = [
-        buffer if buffer.flags.c_contiguous else library(buffer).ascontiguousarray(buffer) for buffer in pair
-    ]
+    dense = pair
+    if not (pair[0].flags.c_contiguous and pair[1].flags.c_contiguous):
+        dense = library(mean).ascontiguousarray(pair[0]), library(mean).ascontiguousarray(pair[1])
     skipped: int = backend(mean).update_running(*dense, mean, var, rule.momentum, rule.nonfinite == "skip")
-    for buffer, updated in zip(pair, dense, strict=True):
-        if buffer is not updated:
-            buffer[...] = updated
+    if dense is not pair:
+        pair[0][...], pair[1][...] = dense
     return skipped
 
 

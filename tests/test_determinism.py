@@ -14,6 +14,7 @@ import pytest
 import nbnorm
 import oracle
 from cases import TRAVERSALS, Case, arrange
+from nbnorm import _cpu
 from nbnorm._cpu import cut, grid, spans
 from nbnorm._cpu.launch import shares
 from nbnorm._cpu.tiles import CHUNK
@@ -203,14 +204,12 @@ def test_slots_that_a_task_takes_together(rng, inner, monkeypatch):
     found = []
     for slots in (1, 2, 7, 19):
         monkeypatch.setattr(cut, "together", lambda *_, slots=slots: slots)
-        cut.geometry.cache_clear()
-        cut.fused.cache_clear()
+        _cpu.start.cache_clear()
         y, saved = nbnorm.batch_norm_forward(x, activation="relu")
         own = [y, saved.mean, saved.rstd, nbnorm.batch_norm_backward(dy, saved)[0]]
         y, saved = nbnorm.group_norm_forward(groups, 4, activation="relu")
         found.append((*own, y, saved.mean, saved.rstd, nbnorm.group_norm_backward(groups, saved)[0]))
-    cut.geometry.cache_clear()
-    cut.fused.cache_clear()
+    _cpu.start.cache_clear()
     for other in found[1:]:
         for name, first, same in zip(("y", "mean", "rstd", "dx") * 2, found[0], other, strict=True):
             oracle.assert_same_bits(same, first, name)
@@ -223,10 +222,10 @@ def test_rows_that_are_taken_together(rng, norm, monkeypatch):
     found = []
     for rows in (1, 7, 16):
         monkeypatch.setattr(spans, "rows_together", lambda *_, rows=rows: rows)
-        spans.geometry.cache_clear()
+        _cpu.start.cache_clear()
         y, saved = getattr(nbnorm, f"{norm}_norm_forward")(x)
         found.append((y, saved.rstd) if saved.mean is None else (y, saved.rstd, saved.mean))
-    spans.geometry.cache_clear()
+    _cpu.start.cache_clear()
     for other in found[1:]:
         for first, same in zip(found[0], other, strict=True):
             oracle.assert_same_bits(same, first)

@@ -1,12 +1,13 @@
 """Functions that only kernels call: compiled into the kernels, which find all of them."""
 
 import os
+import re
 
 import numpy as np
 import pytest
 from numba import njit, prange
 
-from nbnorm._cpu.launch import helper, kernel, loop
+from nbnorm._cpu.launch import called, helper, kernel, loop, reduction
 from nbnorm._inner import InnerCode, LoopCode, Outer, Wide
 from processes import run
 
@@ -96,3 +97,52 @@ def test_ours_may_use_the_widest_vectors():
     for f, expected in ((wide, True), (other, False)):
         f(x)
         assert all(("prefer-vector-width" in library.get_llvm_str()) is expected for library in libraries(f))
+
+
+@called
+def apart(x, i):
+    """Add one where a kernel calls and does not take in."""
+    x[i] += 1
+
+
+@helper
+def product_and_sum(a, b):
+    """Compute what fused multiplication would round once, and reassociation to nothing."""
+    return (a * b + a) - a * b
+
+
+@reduction
+def sums(x):
+    """Be the first that calls it, with fewer rules."""
+    total = 0.0
+    for i in range(x.shape[0]):
+        total += product_and_sum(x[i], 3.0)
+    return total
+
+
+@kernel
+def calling(x):
+    """Call both."""
+    for i in range(x.shape[0]):
+        apart(x, i)
+    return sums(x)
+
+
+def test_what_is_called_is_there_once():
+    """Optimized with the kernel, yet not put in the place of its call."""
+    x = np.zeros(5)
+    calling(x)
+    (library,) = libraries(calling)
+    code = library.get_llvm_str()
+    assert x.tolist() == [1.0] * 5
+    assert len(re.findall(r"\ndefine [^\n]*apart", code)) == 1
+    assert re.search(r"call [^\n]*apart", code)
+
+
+def test_nobody_takes_over_the_rules_of_a_caller():
+    """Numba would let a function have the fastmath and the inlining of whoever calls it first."""
+    calling(np.zeros(5))
+    (library,) = libraries(product_and_sum)
+    code = library.get_llvm_str()
+    assert "fsub double" in code
+    assert "alwaysinline" not in code

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import nbnorm
-from nbnorm._cpu import cut, grid, spans, streams
+from nbnorm import _cpu
+from nbnorm._cpu import streams
 
 ROWS, PLANES = (7, 1555), (5, 3, 29, 31)
 FEATURES, FOLDED = (23, 615), (333, 19)
@@ -17,8 +18,7 @@ def set_last_level(monkeypatch, size):
     """Let the last-level cache, which many cores share, have another size."""
     monkeypatch.setattr(streams, "told", lambda: ENDLESS)
     monkeypatch.setattr(streams, "last_level", lambda: size)
-    for cache in (cut.geometry, spans.geometry, grid.geometry):
-        cache.cache_clear()
+    _cpu.start.cache_clear()
 
 
 @pytest.fixture

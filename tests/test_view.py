@@ -121,20 +121,25 @@ TABLE = {
 }
 
 
+def same(view, expected):
+    """Whether a view is what its attributes say; two views are equal only if they are the same."""
+    return repr(view) == repr(View(*expected))
+
+
 @pytest.mark.parametrize("row", TABLE)
 def test_table_of_layouts(row):
     plan, shape, axis, expected = TABLE[row]
     x = np.zeros(shape, np.float32)
-    assert plan(x.shape, x.strides, x.itemsize, axis) == View(*expected)
+    assert same(plan(x.shape, x.strides, x.itemsize, axis), expected)
 
 
 def test_group_and_trailing_rows_of_the_table():
     strides = np.zeros((8, 6, 5, 5)).strides
-    assert group_view((8, 6, 5, 5), strides, 8, 1, 2) == View(1, 1, 16, 75, 2, 3, 25, "planes")
+    assert same(group_view((8, 6, 5, 5), strides, 8, 1, 2), (1, 1, 16, 75, 2, 3, 25, "planes"))
     strides = np.zeros((8, 5, 5, 6)).strides
-    assert group_view((8, 5, 5, 6), strides, 8, 3, 2) == View(8, 25, 2, 3, 2, 3, 1, "columns")
+    assert same(group_view((8, 5, 5, 6), strides, 8, 3, 2), (8, 25, 2, 3, 2, 3, 1, "columns"))
     strides = np.zeros((4, 5, 6)).strides
-    assert trailing_view((4, 5, 6), strides, 8, 2) == View(1, 1, 4, 30, 1, 30, 1, "rows")
+    assert same(trailing_view((4, 5, 6), strides, 8, 2), (1, 1, 4, 30, 1, 30, 1, "rows"))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from nbnorm._cpu.halves import computing
 from nbnorm._cpu.launch import flat, kernel, line, optional, threads_for
 from nbnorm._math import blend, merge, reciprocal_std
 from nbnorm._options import Epilogue, Mask
@@ -26,32 +27,45 @@ Array = np.ndarray
 Sums = tuple[Array, Array]
 
 
-@lru_cache(maxsize=3)
-def _walk(traversal: str) -> Any:
-    """Import a traversal when a view asks for it: few programs need all three (benchmarks/bench_start.py)."""
-    return import_module(f"nbnorm._cpu.{traversal}")
+class Start(NamedTuple):
+    """Where a view is walked, and how."""
+
+    walk: Any  # the module of its traversal
+    geometry: Array
+    team: int  # threads that should share whole slots; 0 where their chunks keep more threads busy
+
+
+@lru_cache(maxsize=4096)
+def start(view: View, threads: int, masked: bool, size: int, halves: bool) -> Start:
+    """Choose how to walk a view; ``size`` is that of all arrays in bytes.
+
+    A traversal is imported when a view asks for it: few programs need all three (benchmarks/bench_start.py).
+    """
+    walk = import_module(f"nbnorm._cpu.{view.traversal}")
+    return Start(walk, walk.geometry(view, threads, masked, size, halves), walk.fused(view, threads, masked))
 
 
 def moments(
     view: View, x: Array, centered: bool = True, mask: Mask | None = None
 ) -> tuple[Array | None, Array]:
     """Mean and m2 (the sum of squared deviations) of every slot; not centered, None and the sum of squares."""
-    walk = _walk(view.traversal)
     m2 = np.zeros(view.slots)
     mean = np.zeros(view.slots) if centered else None
     if view.size:
         threads = threads_for(view.size)
-        g = walk.geometry(view, threads, mask is not None)
-        options = (*_flat_epilogue(view, Epilogue()), *_weights(view, mask))
+        walk, g, _ = start(view, threads, mask is not None, 0, False)
+        options = _options(view, Epilogue(), mask)
         walk.passes_kernel(threads, g, flat(x), None, *options, None, mean, m2, None)
     return mean, m2
 
 
-def _weights(view: View, mask: Mask | None) -> tuple[Array | None, ...]:
-    """Return the argument by which kernels take a mask; rows have none."""
+def _options(view: View, epilogue: Epilogue, mask: Mask | None) -> tuple[Any, ...]:
+    """Return epilogue and mask as kernels take them; rows know weight and bias alone."""
+    weight, bias = line(epilogue.weight), line(epilogue.bias)
     if view.traversal == "rows":
-        return ()
-    return (None if mask is None else mask.weights,)
+        return weight, bias
+    _, _, residual, activation = epilogue
+    return weight, bias, optional(residual), activation, None if mask is None else mask.weights
 
 
 def rstd(m2: Array, count: float | Array, eps: float) -> Array:
@@ -67,19 +81,10 @@ def rstd(m2: Array, count: float | Array, eps: float) -> Array:
 def apply(view: View, x: Array, y: Array, mean: Array | None, rstd: Array, epilogue: Epilogue) -> None:
     """Normalize x with given statistics into y."""
     if view.size:
-        walk = _walk(view.traversal)
-        options = (*_flat_epilogue(view, epilogue), *_weights(view, None))
         threads = threads_for(view.size)
-        g = walk.geometry(view, threads, False, 2 * x.nbytes, x.itemsize < 4)
+        walk, g, _ = start(view, threads, False, 2 * x.nbytes, x.itemsize < 4)
+        options = _options(view, epilogue, None)
         walk.passes_kernel(threads, g, flat(x), flat(y), *options, None, mean, None, rstd)
-
-
-def _flat_epilogue(view: View, epilogue: Epilogue) -> tuple[Any, ...]:
-    """Return an epilogue as kernels take it; rows know weight and bias alone."""
-    weight, bias, residual, activation = epilogue
-    if view.traversal == "rows":
-        return line(weight), line(bias)
-    return line(weight), line(bias), optional(residual), activation
 
 
 def forward(
@@ -95,12 +100,11 @@ def forward(
     m2, slot_rstd = np.zeros(view.slots), np.zeros(view.slots)
     mean = np.zeros(view.slots) if centered else None
     if view.size:
-        walk, threads, masked = _walk(view.traversal), threads_for(view.size), mask is not None
-        options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
-        g = walk.geometry(view, threads, masked, 2 * x.nbytes, x.itemsize < 4)
-        team = walk.fused(view, threads, masked)
-        start = walk.forward_kernel if team else walk.passes_kernel
-        start(team or threads, g, flat(x), flat(y), *options, eps, mean, m2, slot_rstd)
+        threads = threads_for(view.size)
+        walk, g, team = start(view, threads, mask is not None, 2 * x.nbytes, x.itemsize < 4)
+        kernel = walk.forward_kernel if team else walk.passes_kernel
+        options = _options(view, epilogue, mask)
+        kernel(team or threads, g, flat(x), flat(y), *options, eps, mean, m2, slot_rstd)
     return mean, m2, slot_rstd
 
 
@@ -115,8 +119,7 @@ def grad_sums(
 ) -> Sums:
     """Sums of dz and of dz * x_hat that belong to each parameter."""
     if view.traversal == "rows":
-        gradients: Sums = _walk("rows").backward(view, x, dy, None, mean, rstd, None, True)
-        return gradients
+        return _row_gradients(view, x, dy, None, mean, rstd, None, True)
     sums = _no_sums(view)
     _gradients(view, x, dy, None, None, mean, rstd, epilogue, sums, 0.0, mask, None)
     return _by_parameter(view, sums)
@@ -155,15 +158,41 @@ def _gradients(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, ma
     """
     if not view.size:
         return
-    walk, threads, masked = _walk(view.traversal), threads_for(view.size), mask is not None
-    g = walk.geometry(view, threads, masked, 0 if dx is None else 3 * x.nbytes, x.itemsize < 4)
+    threads = threads_for(view.size)
+    walk, g, team = _gradient_start(view, threads, x, dx, mask)
     arrays = (flat(x), flat(dy), optional(dx), optional(dresidual), mean, rstd)
-    options = (*_flat_epilogue(view, epilogue), *_weights(view, mask))
-    team = walk.fused(view, threads, masked) if dx is not None and constant is None else 0
-    if team:
+    options = _options(view, epilogue, mask)
+    if team and dx is not None and constant is None:
         walk.backward_kernel(team, g, *arrays, *options, *sums, *_counts(count))
     else:
         walk.gradient_passes_kernel(threads, g, *arrays, *options, *sums, *_counts(count), constant)
+
+
+def _row_gradients(
+    view: View, x: Array, dy: Array, dx: Array | None, mean: Array | None, rstd: Array, weight: Array | None,
+    with_parameters: bool,
+) -> Sums:  # fmt: skip
+    """Write dx, if there is room for it, and return the parameters' sums; rows."""
+    parameters = view.period * view.width
+    if not view.size:
+        return np.zeros(parameters), np.zeros(parameters)
+    threads = threads_for(view.size)
+    walk, g, team = _gradient_start(view, threads, x, dx, None)
+    sums = total = rest = None
+    if with_parameters:
+        sums = np.empty((walk.band_count(g), 2, parameters), computing(x.dtype))
+        total, rest = np.empty((2, parameters)), np.empty((2, parameters))
+    arrays = (flat(x), flat(dy), optional(dx), mean, rstd, line(weight))
+    if team and dx is not None:
+        walk.backward_kernel(team, g, *arrays, sums, total, rest)
+    else:
+        walk.gradient_passes_kernel(threads, g, *arrays, sums, total, rest)
+    return (np.zeros(0), np.zeros(0)) if total is None else (total[0], total[1])
+
+
+def _gradient_start(view, threads, x, dx, mask):
+    """Return the start of a walk over x, dy and dx, if there is room for it."""
+    return start(view, threads, mask is not None, 0 if dx is None else 3 * x.nbytes, x.itemsize < 4)
 
 
 def _counts(count: float | Array) -> tuple[float, Array | None]:
@@ -180,10 +209,7 @@ def backward(
 ) -> Sums:  # fmt: skip
     """Write dx, and dz into ``dresidual``, and return the sums of `grad_sums`; statistics are those of x."""
     if view.traversal == "rows":
-        gradients: Sums = _walk("rows").backward(
-            view, x, dy, dx, mean, rstd, epilogue.weight, with_parameters
-        )
-        return gradients
+        return _row_gradients(view, x, dy, dx, mean, rstd, epilogue.weight, with_parameters)
     sums = _no_sums(view)
     _gradients(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, mask, None)
     return _by_parameter(view, sums)

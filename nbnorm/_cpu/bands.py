@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from nbnorm._cpu.halves import scratch
 from nbnorm._cpu.lanes import copy_row, fill
 from nbnorm._cpu.launch import allocating, helper, inlined
 from nbnorm._cpu.lines import (
@@ -14,7 +13,8 @@ from nbnorm._cpu.lines import (
     parameter_grad_four,
     parameter_grad_line,
 )
-from nbnorm._cpu.memory import LINE, borrowed, fetch, row
+from nbnorm._cpu.memory import LINE, borrowed, fetch, part, row
+from nbnorm._cpu.scratch import scratch, wide
 from nbnorm._cpu.short_slots import short_moments
 from nbnorm._cpu.spans import ROWS, samples_of, span, unpack
 from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
@@ -22,7 +22,6 @@ from nbnorm._cpu.tiles import (
     FOUR,
     add_rows,
     line_moments,
-    part,
     piece,
     piece_grad_sums,
     reciprocal_stds,
@@ -97,7 +96,7 @@ def forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd):
     cut = unpack(g)
     x, y = borrowed(x), borrowed(y)
     start, end = samples_of(g, band)
-    shift, sums = scratch(cut.step, x), np.empty((3, cut.step))
+    shift, sums = scratch(cut.step, x), wide((3, cut.step))
     for first in range(start * cut.period, end * cut.period, cut.step):
         last = min(first + cut.step, end * cut.period)
         n = last - first
@@ -167,12 +166,12 @@ def fill_terms(terms, statistics, rows, n, centered):
 
 
 @inlined
-def parameter_grads(g, x, dy, first, rows, chunk, terms, sums):
-    """Add what one chunk of a few rows, each a sample behind the other, contributes to the parameters' gradients."""
+def parameter_grads(g, x, dy, first, rows, chunk, terms, band, sums):
+    """Add what one chunk of a few rows, each a sample behind the other, contributes to the sums of a band."""
     cut = unpack(g)
     stride = cut.period * cut.inner
     start, n, p = span(g, first, chunk)
-    sum_dz, sum_dz_x_hat = row(sums[0], p, n), row(sums[1], p, n)
+    sum_dz, sum_dz_x_hat = row(sums, (band, 0, p), n), row(sums, (band, 1, p), n)
     for r in range(0, rows, FOUR):
         i = start + r * stride
         if r + FOUR <= rows:
@@ -188,10 +187,10 @@ def parameter_grads(g, x, dy, first, rows, chunk, terms, sums):
 
 
 @inlined
-def finish_rows(g, x, dy, dx, first, rows, chunk, terms, weight, sums):
+def finish_rows(g, x, dy, dx, first, rows, chunk, terms, weight, band, sums):
     """Gradients of one chunk of a few rows, each a sample behind the other, as far as there is room for them."""
     if sums is not None:  # before dx, which may go into dy
-        parameter_grads(g, x, dy, first, rows, chunk, terms, sums)
+        parameter_grads(g, x, dy, first, rows, chunk, terms, band, sums)
     if dx is not None:
         block = block_like(dx)
         for k in range(rows):
@@ -213,14 +212,14 @@ def finish_rows(g, x, dy, dx, first, rows, chunk, terms, weight, sums):
 
 
 @inlined
-def clear(g, chunk, sums):
-    """Set the sums over one chunk of the columns to 0, if they are wanted."""
+def clear(g, chunk, band, sums):
+    """Set the sums of a band over one chunk of the columns to 0, if they are wanted."""
     cut = unpack(g)
     if sums is not None:
         for k in range(cut.period):
             _, n, p = span(g, k, chunk)
-            fill(row(sums[0], p, n), 0)
-            fill(row(sums[1], p, n), 0)
+            fill(row(sums, (band, 0, p), n), 0)
+            fill(row(sums, (band, 1, p), n), 0)
 
 
 @allocating
@@ -228,9 +227,8 @@ def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_
     """Gradients of one chunk of the columns of a band, as far as there is room for them; dx by the sums over rows."""
     cut = unpack(g)
     start, end = samples_of(g, band)
-    own = None if sums is None else sums[band]
-    terms, statistics = scratch(6 * ROWS, x), np.empty(4 * ROWS)
-    clear(g, chunk, own)
+    terms, statistics = scratch(6 * ROWS, x), wide(4 * ROWS)
+    clear(g, chunk, band, sums)
     for sample in range(start, end, cut.together):
         rows = min(cut.together, end - sample)
         for first in range(sample * cut.period, (sample + 1) * cut.period):
@@ -238,7 +236,7 @@ def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_
                 r = first + k * cut.period
                 note(statistics, k, value_of(mean, r), rstd[r], sum_g[r], sum_g_x_hat[r])
             fill_terms(terms, statistics, rows, np.float64(cut.inner), mean is not None)
-            finish_rows(g, x, dy, dx, first, rows, chunk, terms, weight, own)
+            finish_rows(g, x, dy, dx, first, rows, chunk, terms, weight, band, sums)
     finish(cut.streamed)
 
 
@@ -247,10 +245,9 @@ def backward_band(g, x, dy, dx, band, mean, rstd, weight, sums):
     """Sums over the rows of a band and all their gradients, a few rows at a time."""
     cut = unpack(g)
     start, end = samples_of(g, band)
-    own = None if sums is None else sums[band]
-    terms, statistics = scratch(6 * ROWS, x), np.empty(4 * ROWS)
+    terms, statistics = scratch(6 * ROWS, x), wide(4 * ROWS)
     for chunk in range(cut.chunks):
-        clear(g, chunk, own)
+        clear(g, chunk, band, sums)
     for sample in range(start, end, cut.together):
         rows = min(cut.together, end - sample)
         for first in range(sample * cut.period, (sample + 1) * cut.period):
@@ -260,7 +257,7 @@ def backward_band(g, x, dy, dx, band, mean, rstd, weight, sums):
                 note(statistics, k, value_of(mean, r), rstd[r], a, b)
             fill_terms(terms, statistics, rows, np.float64(cut.inner), mean is not None)
             for chunk in range(cut.chunks):
-                finish_rows(g, x, dy, dx, first, rows, chunk, terms, weight, own)
+                finish_rows(g, x, dy, dx, first, rows, chunk, terms, weight, band, sums)
     finish(cut.streamed)
 
 
@@ -276,9 +273,9 @@ def add_bands(sums, total, rest, task):
     first = task * SUM_COLUMNS
     n = min(SUM_COLUMNS, sums.shape[2] - first)
     for i in range(2):
-        own, own_rest = row(total[i], first, n), row(rest[i], first, n)
-        copy_row(own, row(sums[0, i], first, n))
+        own, own_rest = row(total, (i, first), n), row(rest, (i, first), n)
+        copy_row(own, row(sums, (0, i, first), n))
         fill(own_rest, 0.0)
         for band in range(1, sums.shape[0]):
-            add_rows(own, own_rest, row(sums[band, i], first, n))
+            add_rows(own, own_rest, row(sums, (band, i, first), n))
         settle_rows(own, own_rest)

@@ -9,21 +9,18 @@ from __future__ import annotations
 import numpy as np
 
 from nbnorm._cpu.grid import locate, row_lanes, rows_end, unpack
-from nbnorm._cpu.halves import scratch
 from nbnorm._cpu.lane_grads import chunk_lane_grad_sums, line_sum
-from nbnorm._cpu.lane_merges import merge_chunks, merge_folds, slot_moments
+from nbnorm._cpu.lane_merges import merge, slot_moments
 from nbnorm._cpu.lane_moments import chunk_lane_moments, total_weight
 from nbnorm._cpu.lanes import apply_row, copy_row, fill, input_grad_row, row_weight
 from nbnorm._cpu.launch import allocating, helper, inlined, loop
-from nbnorm._cpu.memory import borrowed, row
+from nbnorm._cpu.memory import borrowed, entry, part, row
+from nbnorm._cpu.scratch import room, scratch, wide
 from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
 from nbnorm._cpu.tiles import (
     add_rows,
-    entry,
     parameter,
-    part,
     reciprocal_stds,
-    room,
     settle_rows,
     slot_count,
     weighted,
@@ -42,7 +39,7 @@ def rows_weights(weights, batch, first, rows):
 def chunk_weights(g, weights, batch):
     """Number of values of a lane that count in each chunk of whole rows."""
     cut = unpack(g)
-    counts = np.empty(cut.chunks)
+    counts = wide(cut.chunks)
     for chunk in range(cut.chunks):
         start = chunk * cut.chunk
         rows = min(cut.chunk, cut.rows - start)
@@ -66,10 +63,13 @@ def chunk_moments(g, x, weights, index, chunk, pool, moments):
 def block_moments(g, x, weights, index, pool, moments, mean, m2):
     """Merge chunks, folds and the spare row of a block, then the lanes of each slot."""
     cut, own = unpack(g), locate(g, index)
-    n = merge_chunks(moments, chunk_weights(g, weights, own.batch), own.lanes, pool)
-    merged = moments[0]
-    n = merge_folds(merged, cut.fold, own.width, n, x, own.base + cut.rows * cut.lanes, cut.spare, pool)
-    lane_mean, lane_m2 = row(merged[0], 0, own.width), row(merged[1], 0, own.width)
+    down, across = np.int64(1), np.int64(0)  # as numbers written out they would have `merge` compiled twice
+    counts, folds = chunk_weights(g, weights, own.batch), wide(cut.fold)
+    n = merge(moments, cut.chunks, down, across, counts, row(x, 0, 0), own.lanes, pool)
+    fill(row(folds, 0, cut.fold), n)
+    spare = row(x, own.base + cut.rows * cut.lanes, cut.spare)
+    n = merge(moments, cut.fold, across, own.width, folds, spare, own.width, pool)
+    lane_mean, lane_m2 = row(moments, (0, 0, 0), own.width), row(moments, (0, 1, 0), own.width)
     if cut.inner == 1:
         copy_row(row(mean, own.slot, own.slots), lane_mean)
         copy_row(row(m2, own.slot, own.slots), lane_m2)
@@ -94,7 +94,7 @@ def spread(g, own, terms, first, end):
     """Turn rows [first, end) of the terms, which begin with a value for each run, into values for all lanes."""
     cut = unpack(g)
     for k in range(first, end):
-        values = terms[k]
+        values = row(terms, (k, 0), own.lanes)
         if cut.run > 1:
             for i in range(own.slots * cut.width - 1, -1, -1):
                 fill(row(values, i * cut.run, cut.run), values[i])
@@ -106,12 +106,13 @@ def spread(g, own, terms, first, end):
 def spread_affine(g, index, mean, rstd, weight, bias, terms, at):
     """Lay the coefficients of `normalize` out along the lanes of a block, from row ``at`` of the terms."""
     cut, own = unpack(g), locate(g, index)
-    p = within(own.slot, cut.period) * cut.width
+    p, n = within(own.slot, cut.period) * cut.width, own.slots * cut.width
+    mean_hi, scale, shift = row(terms, (at, 0), n), row(terms, (at + 1, 0), n), row(terms, (at + 2, 0), n)
     for i in range(own.slots):
         slot = own.slot + i
         for j in range(i * cut.width, (i + 1) * cut.width):
             w, b = parameter(weight, p + j, 1.0), parameter(bias, p + j, 0.0)
-            terms[at, j], terms[at + 1, j], terms[at + 2, j] = affine(mean[slot], rstd[slot], w, b, terms)
+            mean_hi[j], scale[j], shift[j] = affine(mean[slot], rstd[slot], w, b, terms)
     spread(g, own, terms, at, at + 3)
 
 
@@ -125,7 +126,7 @@ def spread_activation(g, index, mean, rstd, weight, bias, activation, terms):
 @inlined
 def apply_lanes(x, y, residual, terms, first, n, activation):
     """Normalize some neighbouring lanes of a row."""
-    mean_hi, scale, shift = row(terms[0], first, n), row(terms[1], first, n), row(terms[2], first, n)
+    mean_hi, scale, shift = row(terms, (0, first), n), row(terms, (1, first), n), row(terms, (2, first), n)
     apply_row(x, y, residual, mean_hi, scale, shift, activation)
 
 
@@ -170,16 +171,16 @@ def block_grad_sums(g, index, mean, rstd, terms, lane_sums, sum_dz, sum_dz_x_hat
     cut, own = unpack(g), locate(g, index)
     top = lane_sums[0]
     for k in (0, 2):
-        total, rest = row(top[k], 0, own.lanes), row(top[k + 1], 0, own.lanes)
+        total, rest = row(top, (k, 0), own.lanes), row(top, (k + 1, 0), own.lanes)
         for chunk in range(1, cut.chunks):
-            add_rows(total, rest, row(lane_sums[chunk, k], 0, own.lanes))
-            add_rows(total, rest, row(lane_sums[chunk, k + 1], 0, own.lanes))
-        total, rest = row(top[k], 0, own.width), row(top[k + 1], 0, own.width)
+            add_rows(total, rest, row(lane_sums, (chunk, k, 0), own.lanes))
+            add_rows(total, rest, row(lane_sums, (chunk, k + 1, 0), own.lanes))
+        total, rest = row(top, (k, 0), own.width), row(top, (k + 1, 0), own.width)
         for f in range(1, cut.fold):
-            add_rows(total, rest, row(top[k], f * own.width, own.width))
-            add_rows(total, rest, row(top[k + 1], f * own.width, own.width))
-    dz, dz_rest = row(top[0], 0, own.width), row(top[1], 0, own.width)
-    dz_x_hat, dz_x_hat_rest = row(top[2], 0, own.width), row(top[3], 0, own.width)
+            add_rows(total, rest, row(top, (k, f * own.width), own.width))
+            add_rows(total, rest, row(top, (k + 1, f * own.width), own.width))
+    dz, dz_rest = row(top, (0, 0), own.width), row(top, (1, 0), own.width)
+    dz_x_hat, dz_x_hat_rest = row(top, (2, 0), own.width), row(top, (3, 0), own.width)
     if cut.run == 1:
         settle_rows(dz, dz_rest)
         settle_rows(dz_x_hat, dz_x_hat_rest)
@@ -195,6 +196,15 @@ def block_grad_sums(g, index, mean, rstd, terms, lane_sums, sum_dz, sum_dz_x_hat
             sum_dz_x_hat[k, j] = recentered(dz_x_hat[at], dz[at], mean[k], terms[0, at], rstd[k])
 
 
+@inlined
+def term_rows(terms, first, n):
+    """Mean, rstd, slope, offset and gain of some neighbouring lanes."""
+    return (
+        row(terms, (0, first), n), row(terms, (1, first), n), row(terms, (2, first), n), row(terms, (3, first), n),
+        row(terms, (4, first), n),
+    )  # fmt: skip
+
+
 @helper
 def spread_gradient_terms(
     g, index, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, constant, terms
@@ -202,6 +212,7 @@ def spread_gradient_terms(
     """Lay the coefficients of `input_gradient` out along the lanes of a block, behind mean and rstd."""
     cut, own = unpack(g), locate(g, index)
     p = within(own.slot, cut.period) * cut.width
+    means, rstds, slopes, offsets, gains = term_rows(terms, 0, own.slots * cut.width)
     for i in range(own.slots):
         k, first = own.slot + i, p + i * cut.width
         sum_g, sum_g_x_hat = weighted(weight, first, sum_dz, k), weighted(weight, first, sum_dz_x_hat, k)
@@ -211,20 +222,16 @@ def spread_gradient_terms(
             mean[k], rstd[k], sum_g, sum_g_x_hat, n, True, constant, weights is not None, terms
         )
         for j in range(i * cut.width, (i + 1) * cut.width):
-            gain = rounded(factor * parameter(weight, p + j, 1.0), terms)
-            terms[0, j], terms[1, j], terms[2, j], terms[3, j], terms[4, j] = (
-                mean_hi, scale, slope, offset, gain,
-            )  # fmt: skip
+            means[j], rstds[j], slopes[j], offsets[j] = mean_hi, scale, slope, offset
+            gains[j] = rounded(factor * parameter(weight, p + j, 1.0), terms)
     spread(g, own, terms, 0, 5)
 
 
 @inlined
 def input_grad_lanes(x, dy, dx, dresidual, residual, w, t, first, n, activation, alone):
     """Dx of some neighbouring lanes of a row, by the terms ``t``; ``alone``: no other value has a part in it."""
-    mean_hi, rstd, slope, offset, gain = (
-        row(t[0], first, n), row(t[1], first, n), row(t[2], first, n), row(t[3], first, n), row(t[4], first, n),
-    )  # fmt: skip
-    scale, shift = row(t[6], first, n), row(t[7], first, n)
+    mean_hi, rstd, slope, offset, gain = term_rows(t, first, n)
+    scale, shift = row(t, (6, first), n), row(t, (7, first), n)
     arrays = (x, dy, dx, dresidual, residual)
     if alone:
         input_grad_row(*arrays, w, mean_hi, rstd, None, None, gain, scale, shift, activation)

@@ -6,7 +6,6 @@ after pass.
 
 from __future__ import annotations
 
-import numpy as np
 from numba import prange
 
 from nbnorm._cpu.blocks import (
@@ -22,8 +21,8 @@ from nbnorm._cpu.blocks import (
     spread_gradient_terms,
 )
 from nbnorm._cpu.grid import fused, geometry, unpack
-from nbnorm._cpu.halves import scratch
 from nbnorm._cpu.launch import Twins
+from nbnorm._cpu.scratch import scratch, wide
 
 __all__ = [
     "backward_kernel",
@@ -41,7 +40,7 @@ def forward_kernel(g, x, y, weight, bias, residual, activation, weights, eps, me
     cut = unpack(g)
     chunks, block = cut.chunks, cut.block
     for index in prange(cut.batch * cut.blocks):
-        pool, moments, terms = np.empty((4, block)), np.empty((chunks, 2, block)), scratch((3, block), x)
+        pool, moments, terms = wide((4, block)), wide((chunks, 2, block)), scratch((3, block), x)
         for chunk in range(chunks):
             chunk_moments(g, x, weights, index, chunk, pool, moments)
         block_moments(g, x, weights, index, pool, moments, mean, m2)
@@ -60,14 +59,14 @@ def passes_kernel(g, x, y, weight, bias, residual, activation, weights, eps, mea
     cut = unpack(g)
     blocks, chunks, block = cut.batch * cut.blocks, cut.chunks, cut.block
     # Room for both in any case: Numba's parallel loops cannot take an array that may be None.
-    moments, terms = np.empty((blocks, chunks, 2, block)), scratch((blocks, 3, block), x)
+    moments, terms = wide((blocks, chunks, 2, block)), scratch((blocks, 3, block), x)
     if m2 is not None:
         for task in prange(blocks * chunks):
-            index, pool = task // chunks, np.empty((4, block))
+            index, pool = task // chunks, wide((4, block))
             chunk_moments(g, x, weights, index, task % chunks, pool, moments[index])
     for index in prange(blocks):
         if m2 is not None:
-            block_moments(g, x, weights, index, np.empty((4, block)), moments[index], mean, m2)
+            block_moments(g, x, weights, index, wide((4, block)), moments[index], mean, m2)
             if eps is not None:
                 block_rstd(g, weights, index, m2, eps, rstd)
         if y is not None:
@@ -89,7 +88,7 @@ def gradient_passes_kernel(
     cut = unpack(g)
     blocks, chunks, block = cut.batch * cut.blocks, cut.chunks, cut.block
     fixed = False if constant is None else constant
-    lane_sums = np.empty((blocks, chunks if constant is None else 0, 4, block))
+    lane_sums = wide((blocks, chunks if constant is None else 0, 4, block))
     terms = scratch((blocks, 8, block), x)
     for index in prange(blocks):
         if constant is None:
@@ -126,7 +125,7 @@ def backward_kernel(
     cut = unpack(g)
     chunks, block = cut.chunks, cut.block
     for index in prange(cut.batch * cut.blocks):
-        lane_sums, terms = np.empty((chunks, 4, block)), scratch((8, block), x)
+        lane_sums, terms = wide((chunks, 4, block)), scratch((8, block), x)
         spread_affine(g, index, mean, rstd, None, None, terms, 0)
         spread_activation(g, index, mean, rstd, weight, bias, activation, terms)
         for chunk in range(chunks):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from nbnorm._cpu.launch import helper, shares
+from nbnorm._cpu.memory import part
 from nbnorm._cpu.streams import worthwhile
-from nbnorm._cpu.tiles import CHUNK, part
+from nbnorm._cpu.tiles import CHUNK
 from nbnorm._view import View
 
 # Elements of the neighbouring slots that a task goes through together, as long as there are some tasks for each thread:
@@ -40,7 +40,6 @@ class Cut(NamedTuple):
     streamed: int  # whether results are written past the caches
 
 
-@lru_cache(maxsize=4096)
 def geometry(
     view: View, threads: int, masked: bool = False, size: int = 0, halves: bool = False
 ) -> np.ndarray:
@@ -66,7 +65,6 @@ def together(view: View, threads: int, streamed: bool = False) -> int:
     return max(1, slots)
 
 
-@lru_cache(maxsize=4096)
 def fused(view: View, threads: int, masked: bool = False) -> int:
     """Return how many threads should share whole slots; 0 where their chunks keep more threads busy."""
     cut = Cut(*geometry(view, threads).tolist())

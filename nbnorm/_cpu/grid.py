@@ -7,7 +7,6 @@ slot, from folding or from ``inner`` > 1, are merged at the end.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import isqrt
 from typing import NamedTuple
 
@@ -59,7 +58,6 @@ class Cut(NamedTuple):
     streamed: int  # whether results are written past the caches
 
 
-@lru_cache(maxsize=4096)
 def geometry(
     view: View, threads: int, masked: bool = False, size: int = 0, halves: bool = False
 ) -> np.ndarray:
@@ -94,7 +92,6 @@ def power_of_two(most: int) -> int:
     return 1 << most.bit_length() >> 1
 
 
-@lru_cache(maxsize=4096)
 def fused(view: View, threads: int, masked: bool = False) -> int:
     """Return how many threads should share whole blocks; 0 where their chunks keep more threads busy."""
     cut = Cut(*geometry(view, threads, masked).tolist())

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from nbnorm._math import ALLOCATING, by_type
+from nbnorm._math import emitted
 
 _HALF, _FLOAT, _SHORT, _INT = ir.HalfType(), ir.FloatType(), ir.IntType(16), ir.IntType(32)
 
@@ -31,30 +30,6 @@ def computing(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
 
 
-@intrinsic
-def _half_to_float(typingctx, bits):
-    def generate(context, builder, signature, args):
-        return builder.fpext(builder.bitcast(args[0], _HALF), _FLOAT)
-
-    return types.float32(types.uint16), generate
-
-
-@intrinsic
-def _float_to_half(typingctx, value):
-    def generate(context, builder, signature, args):
-        return builder.bitcast(builder.fptrunc(args[0], _HALF), _SHORT)
-
-    return types.uint16(types.float32), generate
-
-
-@intrinsic
-def _bfloat_to_float(typingctx, bits):
-    def generate(context, builder, signature, args):
-        return builder.bitcast(builder.shl(builder.zext(args[0], _INT), _INT(16)), _FLOAT)
-
-    return types.float32(types.int16), generate
-
-
 def round_to_bfloat(builder, value):
     """Emit the bits of a float32 whose upper half is the nearest bfloat16; ties to even.
 
@@ -68,14 +43,6 @@ def round_to_bfloat(builder, value):
     return builder.select(is_number, rounded, bits)
 
 
-@intrinsic
-def _float_to_bfloat(typingctx, value):
-    def generate(context, builder, signature, args):
-        return builder.trunc(builder.lshr(round_to_bfloat(builder, args[0]), _INT(16)), _SHORT)
-
-    return types.int16(types.float32), generate
-
-
 def widen(value):
     """Return an element of an array in the type that is computed with."""
     if isinstance(value, np.uint16):
@@ -85,13 +52,18 @@ def widen(value):
     return value
 
 
-@by_type(widen)
-def _widen(value):
-    if value == types.uint16:
-        return lambda value: _half_to_float(value)
-    if value == types.int16:
-        return lambda value: _bfloat_to_float(value)
-    return lambda value: value
+@emitted(widen)
+def _widen(typingctx, value):
+    half, bfloat = value == types.uint16, value == types.int16
+
+    def generate(context, builder, signature, args):
+        if half:
+            return builder.fpext(builder.bitcast(args[0], _HALF), _FLOAT)
+        if bfloat:
+            return builder.bitcast(builder.shl(builder.zext(args[0], _INT), _INT(16)), _FLOAT)
+        return args[0]
+
+    return (types.float32 if half or bfloat else value)(value), generate
 
 
 def narrow(value, array):
@@ -106,22 +78,17 @@ def narrow(value, array):
     return array.dtype.type(value)
 
 
-@by_type(narrow)
-def _narrow(value, array):
-    if array.dtype == types.uint16:
-        return lambda value, array: _float_to_half(value)
-    if array.dtype == types.int16:
-        return lambda value, array: _float_to_bfloat(value)
-    return lambda value, array: value
+@emitted(narrow)
+def _narrow(typingctx, value, array):
+    half, bfloat = array.dtype == types.uint16, array.dtype == types.int16
 
+    def generate(context, builder, signature, args):
+        if half:
+            return builder.bitcast(builder.fptrunc(args[0], _HALF), _SHORT)
+        if bfloat:
+            return builder.trunc(builder.lshr(round_to_bfloat(builder, args[0]), _INT(16)), _SHORT)
+        return args[0]
 
-def scratch(shape, like):
-    """Return an uninitialized array of the type that arrays like ``like`` are computed in."""
-    return np.empty(shape, np.float64 if like.itemsize == 8 else np.float32)
-
-
-@by_type(scratch, **ALLOCATING)
-def _scratch(shape, like):
-    if like.dtype == types.float64:
-        return lambda shape, like: np.empty(shape, np.float64)
-    return lambda shape, like: np.empty(shape, np.float32)
+    if half or bfloat:
+        return array.dtype(types.float32, array), generate
+    return value(value, array), generate

@@ -10,8 +10,8 @@ from nbnorm._activation import activation_gradient
 from nbnorm._cpu.halves import widen
 from nbnorm._cpu.lanes import TILE_ROWS, fill, odd, row_weight, summed
 from nbnorm._cpu.launch import contracted, helper, loop
-from nbnorm._cpu.memory import row
-from nbnorm._cpu.tiles import add_rows, before_activation, part
+from nbnorm._cpu.memory import part, row
+from nbnorm._cpu.tiles import add_rows, before_activation
 from nbnorm._math import by_type, is_none, rounded, settled, standardize
 
 
@@ -57,7 +57,7 @@ def _summands(x, dy, residual, weights, terms, activation, room, first, n, r, at
 @helper
 def computed_summands(x, dy, residual, weights, terms, activation, room, first, n, r, at):
     """Write x and dz of one row out."""
-    x_room, dz_room = row(room[at, 0], 0, n), row(room[at, 1], 0, n)
+    x_room, dz_room = row(room, (at, 0, 0), n), row(room, (at, 1, 0), n)
     fill_summands(
         row(x, first, n), row(dy, first, n), part(residual, first, n), terms[0], terms[6], terms[7],
         activation, row_weight(weights, r) == 0.0, x_room, dz_room,
@@ -115,8 +115,8 @@ def chunk_lane_grad_sums(
             i = first + rows * stride
             xa, a = summands(x, dy, residual, weights, terms, activation, room, i, spare, rows, 0)
             push_grads(dz, dz_x_hat, mean_hi, rstd, xa, a)
-        add_rows(row(lane_sums[0], 0, n), row(lane_sums[1], 0, n), dz)
-        add_rows(row(lane_sums[2], 0, n), row(lane_sums[3], 0, n), dz_x_hat)
+        add_rows(row(lane_sums, (0, 0), n), row(lane_sums, (1, 0), n), dz)
+        add_rows(row(lane_sums, (2, 0), n), row(lane_sums, (3, 0), n), dz_x_hat)
 
 
 @helper

@@ -13,9 +13,9 @@ import numpy as np
 
 from nbnorm._cpu.halves import widen
 from nbnorm._cpu.lanes import TILE_ROWS, fill, odd, row_weight
-from nbnorm._cpu.launch import contracted, helper
-from nbnorm._cpu.memory import row
-from nbnorm._cpu.tiles import about_mean, add_rows, corrected, part, settle_rows, trusted
+from nbnorm._cpu.launch import called, contracted, helper
+from nbnorm._cpu.memory import part, row
+from nbnorm._cpu.tiles import about_mean, add_rows, corrected, settle_rows, trusted
 from nbnorm._math import add, rounded
 
 # Rows that are summed one by one, as those of a mask are, before float64 takes over: more would break the promise of
@@ -110,7 +110,7 @@ def total_weight(weights, first, end):
     return total
 
 
-@helper
+@called
 def choose_shift(x, weights, first, stride, rows, shift):
     """Choose a value near the mean of each lane: that of eight rows spread over those that count."""
     n = shift.shape[0]
@@ -177,7 +177,7 @@ def add_central(total, squares, rest, mean, a, w):
         squares[i], rest[i] = add(squares[i], rest[i], w * (d * d))
 
 
-@helper
+@called
 def careful_lane_sums(x, weights, first, stride, rows, count, total, squares, rest, mean):
     """Approximate mean of each lane and the sums about it, in two float64 passes."""
     n = total.shape[0]
@@ -198,7 +198,7 @@ def careful_lane_sums(x, weights, first, stride, rows, count, total, squares, re
     settle_rows(squares, rest)
 
 
-@helper
+@called
 def conclude(total, squares, shift, n, mean, m2):
     """Moments of each lane from its shifted sums; a lane that lost digits gets m2 = -1. Returns how many did."""
     lost = 0
@@ -219,8 +219,8 @@ def chunk_lane_moments(x, weights, first, stride, rows, sums, pool, moments):
     """
     lanes = sums.shape[1]
     narrow_total, narrow_squares, shift = sums[0], sums[1], sums[2]
-    mean, m2 = row(moments[0], 0, lanes), row(moments[1], 0, lanes)
-    total, squares = row(pool[0], 0, lanes), row(pool[1], 0, lanes)
+    mean, m2 = row(moments, (0, 0), lanes), row(moments, (1, 0), lanes)
+    total, squares = row(pool, (0, 0), lanes), row(pool, (1, 0), lanes)
     n = total_weight(weights, 0, rows)
     fill(mean, 0.0)
     fill(m2, 0.0)
@@ -242,7 +242,7 @@ def chunk_lane_moments(x, weights, first, stride, rows, sums, pool, moments):
     settle_rows(total, mean)
     settle_rows(squares, m2)
     if conclude(total, squares, shift, n, mean, m2) > 0:
-        near, rest = row(pool[2], 0, lanes), row(pool[3], 0, lanes)
+        near, rest = row(pool, (2, 0), lanes), row(pool, (3, 0), lanes)
         careful_lane_sums(x, weights, first, stride, rows, n, total, squares, rest, near)
         for i in range(lanes):
             if m2[i] < 0.0:

@@ -9,7 +9,7 @@ import numpy as np
 
 from nbnorm._activation import activate, activation_gradient
 from nbnorm._cpu.halves import narrow, widen
-from nbnorm._cpu.launch import helper, inlined, reduction
+from nbnorm._cpu.launch import called, helper, inlined, reduction
 from nbnorm._cpu.tiles import before_activation
 from nbnorm._math import input_gradient, rounded, standardize
 
@@ -17,7 +17,7 @@ from nbnorm._math import input_gradient, rounded, standardize
 TILE_ROWS = 128
 
 
-@helper
+@called
 def fill(values, value):
     """Set all entries of a row; Numba compiles this sooner than ``values[:] = value``."""
     for i in range(values.shape[0]):
@@ -33,7 +33,7 @@ def odd(n):
     return n - 1 + n % 2
 
 
-@helper
+@called
 def copy_row(target, source):
     """Copy a row, compiled as fast as `fill`."""
     for i in range(target.shape[0]):

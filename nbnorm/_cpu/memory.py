@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.core import cgutils
 
-from nbnorm._cpu.row_type import Row, data_of, emit_row
-from nbnorm._math import by_type
+from nbnorm._cpu.row_type import Row, data_of, element, emit_row, size_of
+from nbnorm._math import emitted, is_none, nothing
 
 LINE = 64  # bytes that go from memory to a cache, or back, together
 
@@ -15,16 +15,64 @@ LINE = 64  # bytes that go from memory to a cache, or back, together
 def row(x, first, n):
     """Neighbours of a line of memory on their own, whose loops start at 0: others do not vectorize.
 
-    Compiled it is a `Row`, which checks nothing and does not keep the memory alive: ``x`` must be without gaps, and an
-    argument of the function that calls this.
+    ``first`` is an index of ``x``, a tuple where there are several dimensions. Compiled it is a `Row`, which checks
+    nothing and does not keep the memory alive: ``x`` must be without gaps, and an argument of the function that calls
+    this.
     """
-    assert 0 <= first <= first + n <= x.shape[0], (first, n, x.shape)
-    return x[first : first + n]
+    *line, start = first if isinstance(first, tuple) else (first,)
+    assert 0 <= start <= start + n <= x.shape[-1], (first, n, x.shape)
+    return x[(*line, slice(start, start + n))]
 
 
-@by_type(row)
-def _row(x, first, n):
-    return lambda x, first, n: _borrowed(x, first, n)
+@emitted(row)
+def _row(typingctx, x, first, n):
+    result, several = Row(x.dtype, x.mutable, x.aligned), isinstance(first, types.BaseTuple)
+
+    def generate(context, builder, signature, args):
+        at = args[1]
+        if several:
+            lengths = cgutils.unpack_tuple(builder, context.make_array(x)(context, builder, args[0]).shape)
+            at, *others = cgutils.unpack_tuple(builder, args[1])
+            for length, index in zip(lengths[1:], others, strict=True):
+                at = builder.add(builder.mul(at, length), index)
+        data = builder.gep(data_of(context, builder, x, args[0]), [at])
+        return emit_row(context, builder, result, data, args[2])
+
+    index = types.UniTuple(types.intp, first.count) if several else types.intp
+    return result(x, index, types.intp), generate
+
+
+def part(values, first, n):
+    """`row` of an optional array."""
+    return None if values is None else row(values, first, n)
+
+
+@emitted(part)
+def _part(typingctx, values, first, n):
+    return nothing(values, first, n) if is_none(values) else _row(typingctx, values, first, n)
+
+
+def entry(values, i):
+    """Entry of an optional array, of two dimensions a `row`."""
+    return None if values is None else values[i]
+
+
+@emitted(entry)
+def _entry(typingctx, values, i):
+    if is_none(values):
+        return nothing(values, i)
+    if getattr(values, "ndim", 1) == 1:
+        return values.dtype(values, types.intp), lambda context, builder, signature, args: element(
+            context, builder, values, *args
+        )
+    result = Row(values.dtype, values.mutable, values.aligned)
+
+    def generate(context, builder, signature, args):
+        n = builder.extract_value(context.make_array(values)(context, builder, args[0]).shape, 1)
+        data = builder.gep(data_of(context, builder, values, args[0]), [builder.mul(args[1], n)])
+        return emit_row(context, builder, result, data, n)
+
+    return result(values, types.intp), generate
 
 
 def borrowed(x):
@@ -32,33 +80,23 @@ def borrowed(x):
     return row(x, 0, x.shape[0])
 
 
-@by_type(borrowed)
-def _whole(x):
-    return lambda x: _borrowed(x, 0, x.shape[0])
-
-
-@intrinsic
-def _borrowed(typingctx, x, first, n):
+@emitted(borrowed)
+def _borrowed(typingctx, x):
     result = Row(x.dtype, x.mutable, x.aligned)
 
     def generate(context, builder, signature, args):
-        data = builder.gep(data_of(context, builder, x, args[0]), [args[1]])
-        return emit_row(context, builder, result, data, args[2])
+        data, size = data_of(context, builder, x, args[0]), size_of(context, builder, x, args[0])
+        return emit_row(context, builder, result, data, size)
 
-    return result(x, types.intp, types.intp), generate
+    return result(x), generate
 
 
 def fetch(x, i):
     """Ask for the line of memory in which an element lies, which is needed soon."""
 
 
-@by_type(fetch)
-def _fetch(x, i):
-    return lambda x, i: _fetched(x, i)
-
-
-@intrinsic
-def _fetched(typingctx, x, i):
+@emitted(fetch)
+def _fetch(typingctx, x, i):
     def generate(context, builder, signature, args):
         data = builder.gep(data_of(context, builder, x, args[0]), [args[1]])
         address = builder.bitcast(data, ir.IntType(8).as_pointer())

@@ -26,7 +26,7 @@ def words(typingctx, x):
     def generate(context, builder, signature, args):
         word = context.get_data_type(types.uint32)
         data = builder.bitcast(data_of(context, builder, x, args[0]), word.as_pointer())
-        size = builder.lshr(size_of(builder, x, args[0]), context.get_constant(types.intp, 1))
+        size = builder.lshr(size_of(context, builder, x, args[0]), context.get_constant(types.intp, 1))
         return emit_row(context, builder, result, data, size)
 
     return result(x), generate

@@ -16,11 +16,11 @@ the next slot, before the normalization of a slot (no difference for 16 KB on Em
 
 from __future__ import annotations
 
-import numpy as np
 from numba import prange
 
 from nbnorm._cpu.cut import fused, geometry, neighbours, tasks, unpack
 from nbnorm._cpu.launch import Twins
+from nbnorm._cpu.scratch import wide
 from nbnorm._cpu.slots import (
     add_chunks,
     apply_chunk,
@@ -46,7 +46,7 @@ def forward_kernel(g, x, y, weight, bias, residual, activation, weights, eps, me
     """Some slots per task: their moments, then their normalization from cache."""
     cut = unpack(g)
     group, chunks, together = cut.group, cut.chunks, cut.slots
-    moments = np.empty((group * chunks, 4))
+    moments = wide((group * chunks, 4))
     for task in prange(-(-group // together)):
         first = task * together
         slots = min(together, group - first)
@@ -65,7 +65,7 @@ def passes_kernel(g, x, y, weight, bias, residual, activation, weights, eps, mea
     """
     cut = unpack(g)
     if m2 is not None:
-        moments = np.empty((cut.group * cut.chunks, 4))
+        moments = wide((cut.group * cut.chunks, 4))
         for task in prange(tasks(g)):
             slot, slots, chunk = neighbours(g, task)
             chunk_moments(g, x, weights, slot, slots, chunk, moments)
@@ -88,8 +88,8 @@ def gradient_passes_kernel(
     cut = unpack(g)
     fixed = False if constant is None else constant
     group, together = cut.group, cut.slots
-    sums = np.zeros((group * cut.chunks if constant is None else 0, 4, cut.width))
-    terms = np.empty((group, 5))
+    sums = wide((group * cut.chunks if constant is None else 0, 4, cut.width))
+    terms = wide((group, 5))
     if constant is None:
         for task in prange(tasks(g)):
             slot, slots, chunk = neighbours(g, task)
@@ -123,7 +123,7 @@ def backward_kernel(
     """Some slots per task: their sums, then their dx from cache."""
     cut = unpack(g)
     group, chunks, together = cut.group, cut.chunks, cut.slots
-    sums, terms = np.zeros((group * chunks, 4, cut.width)), np.empty((group, 5))
+    sums, terms = wide((group * chunks, 4, cut.width)), wide((group, 5))
     for task in prange(-(-group // together)):
         first = task * together
         slots = min(together, group - first)

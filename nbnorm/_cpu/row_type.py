@@ -29,11 +29,6 @@ class Row(types.Type):
         self.dtype, self.mutable, self.aligned = dtype, mutable, aligned
         super().__init__(f"Row({dtype}, {mutable}, {aligned})")
 
-    @property
-    def alignment(self) -> int | None:
-        """By how many bytes elements are aligned, None for as many as they have."""
-        return None if self.aligned else 1
-
 
 @register_model(Row)
 class _Model(models.StructModel):
@@ -54,7 +49,7 @@ class _Attributes(AttributeTemplate):
 
 @lower_getattr(Row, "shape")
 def _shape(context, builder, row, value):
-    return context.make_tuple(builder, types.UniTuple(types.intp, 1), [size_of(builder, row, value)])
+    return context.make_tuple(builder, types.UniTuple(types.intp, 1), [size_of(context, builder, row, value)])
 
 
 @lower_getattr(Row, "itemsize")
@@ -79,21 +74,28 @@ def _fits(row, index):
 @lower_builtin(operator.getitem, Row, types.Integer)
 def _getitem(context, builder, signature, args):
     row, index = signature.args
-    return context.unpack_value(builder, row.dtype, _at(context, builder, row, index, args), row.alignment)
+    return element(context, builder, row, args[0], context.cast(builder, args[1], index, types.intp))
 
 
 @lower_builtin(operator.setitem, Row, types.Integer, types.Any)
 def _setitem(context, builder, signature, args):
     row, index, value = signature.args
+    at = context.cast(builder, args[1], index, types.intp)
     cast = context.cast(builder, args[2], value, row.dtype)
-    context.pack_value(builder, row.dtype, cast, _at(context, builder, row, index, args), row.alignment)
+    place = builder.gep(data_of(context, builder, row, args[0]), [at])
+    context.pack_value(builder, row.dtype, cast, place, _alignment(row))
     return context.get_dummy_value()
 
 
-def _at(context, builder, row, index, args):
-    """Emit where an element is."""
-    at = context.cast(builder, args[1], index, types.intp)
-    return builder.gep(data_of(context, builder, row, args[0]), [at])
+def _alignment(x):
+    """Return by how many bytes elements are aligned, None for as many as they have."""
+    return None if x.aligned else 1
+
+
+def element(context: Any, builder: Any, x: Any, value: Any, at: Any) -> Any:
+    """Emit an element of a row, or of an array of one dimension."""
+    place = builder.gep(data_of(context, builder, x, value), [at])
+    return context.unpack_value(builder, x.dtype, place, _alignment(x))
 
 
 def element_size(context: Any, x: Any) -> Any:
@@ -108,10 +110,11 @@ def data_of(context: Any, builder: Any, x: Any, value: Any) -> Any:
     return context.make_array(x)(context, builder, value).data
 
 
-def size_of(builder: Any, row: Row, value: Any) -> Any:
-    """Emit how many elements a row has."""
-    assert isinstance(row, Row)
-    return builder.extract_value(value, 1)
+def size_of(context: Any, builder: Any, x: Any, value: Any) -> Any:
+    """Emit how many elements a row has, or entries the first dimension of an array."""
+    if isinstance(x, Row):
+        return builder.extract_value(value, 1)
+    return builder.extract_value(context.make_array(x)(context, builder, value).shape, 0)
 
 
 def emit_row(context: Any, builder: Any, row: Row, data: Any, size: Any) -> Any:

@@ -10,7 +10,6 @@ that dx finds x and dy in the first-level cache (0.93 to 1.13 of the time, mostl
 
 from __future__ import annotations
 
-import numpy as np
 from numba import prange
 
 from nbnorm._cpu.bands import (
@@ -23,17 +22,23 @@ from nbnorm._cpu.bands import (
     input_grad_band,
     value_of,
 )
-from nbnorm._cpu.halves import computing
-from nbnorm._cpu.launch import Twins, flat, line, optional, threads_for
+from nbnorm._cpu.lanes import fill
+from nbnorm._cpu.launch import Twins
 from nbnorm._cpu.memory import row
+from nbnorm._cpu.scratch import wide
 from nbnorm._cpu.spans import band_count, fused, geometry, span, unpack
 from nbnorm._cpu.tiles import line_moments
 from nbnorm._math import merge, reciprocal_std
-from nbnorm._view import View
 
 __all__ = [
-    "backward", "backward_kernel", "forward_kernel", "fused", "geometry", "gradient_passes_kernel", "passes_kernel",
-]  # fmt: skip
+    "backward_kernel",
+    "band_count",
+    "forward_kernel",
+    "fused",
+    "geometry",
+    "gradient_passes_kernel",
+    "passes_kernel",
+]
 
 
 @Twins
@@ -52,7 +57,7 @@ def passes_kernel(g, x, y, weight, bias, eps, mean, m2, rstd):
     cut = unpack(g)
     rows, chunks = cut.rows, cut.chunks
     if m2 is not None:
-        part_moments = np.empty((rows * chunks, 3))
+        part_moments = wide((rows * chunks, 3))
         for task in prange(rows * chunks):
             first, size, _ = span(g, task // chunks, task % chunks)
             own = part_moments[task]
@@ -78,8 +83,10 @@ def gradient_passes_kernel(g, x, dy, dx, mean, rstd, weight, sums, total, rest):
     """One chunk per task, pass after pass: x and dy are read for the sums of rows and for gradients."""
     cut = unpack(g)
     rows, chunks = cut.rows, cut.chunks
-    part_sums = np.empty((rows * chunks if dx is not None else 0, 2))
-    sum_g, sum_g_x_hat = np.zeros(rows), np.zeros(rows)
+    part_sums = wide((rows * chunks if dx is not None else 0, 2))
+    sum_g, sum_g_x_hat = wide(rows), wide(rows)
+    fill(row(sum_g, 0, rows), 0.0)
+    fill(row(sum_g_x_hat, 0, rows), 0.0)
     if dx is not None:
         for task in prange(rows * chunks):
             r = task // chunks
@@ -107,23 +114,3 @@ def backward_kernel(g, x, dy, dx, mean, rstd, weight, sums, total, rest):
     if sums is not None:
         for task in prange(column_tasks(sums)):
             add_bands(sums, total, rest, task)
-
-
-def backward(
-    view: View, x: np.ndarray, dy: np.ndarray, dx: np.ndarray | None, mean: np.ndarray | None,
-    rstd: np.ndarray, weight: np.ndarray | None, with_parameters: bool,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Write dx, if there is room for it, and return the parameters' sums of dz and of dz * x_hat."""
-    parameters = view.period * view.width
-    if not view.size:
-        return np.zeros(parameters), np.zeros(parameters)
-    threads = threads_for(view.size)
-    g = geometry(view, threads, False, 0 if dx is None else 3 * x.nbytes, x.itemsize < 4)
-    sums = total = rest = None
-    if with_parameters:
-        sums = np.empty((band_count(view, threads), 2, parameters), computing(x.dtype))
-        total, rest = np.empty((2, parameters)), np.empty((2, parameters))
-    team = fused(view, threads) if dx is not None else 0
-    start = backward_kernel if team else gradient_passes_kernel
-    start(team or threads, g, flat(x), flat(dy), optional(dx), mean, rstd, line(weight), sums, total, rest)
-    return (np.zeros(0), np.zeros(0)) if total is None else (total[0], total[1])

@@ -103,7 +103,7 @@ def _summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room,
 def computed_dz(x, dy, residual, mean_hi, scale, shift, activation, room, at):
     """Write dz of one piece out."""
     n = x.shape[0]
-    dz_room = row(room[1], at, n)
+    dz_room = row(room, (1, at), n)
     for i in range(n):
         z = before_activation(widen(x[i]), residual, i, mean_hi, scale, shift)
         dz_room[i] = activation_gradient(widen(dy[i]), z, activation)
@@ -114,7 +114,7 @@ def computed_dz(x, dy, residual, mean_hi, scale, shift, activation, room, at):
 def computed_summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room, at):
     """Write x and dz of one piece out."""
     n = x.shape[0]
-    x_room, dz_room = row(room[0], at, n), row(room[1], at, n)
+    x_room, dz_room = row(room, (0, at), n), row(room, (1, at), n)
     for i in range(n):
         value, d = widen(x[i]), widen(dy[i])
         absent = weights[i] == 0 and d == 0

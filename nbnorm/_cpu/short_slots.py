@@ -30,8 +30,8 @@ def short_moments(x, first, apart, slots, stride, rows, n, shift, sums, mean, m2
         shift[k] = rounded(0.0, x) if mean is None else nearby(row(x, i, n))
         total, squares = tile_sums(x, i, stride, rows, n, shift[k])
         sums[0, k], sums[1, k] = 0.0 if mean is None else total, squares
-    total, squares, count = row(sums[0], 0, slots), row(sums[1], 0, slots), np.float64(rows * n)
-    own_mean = row(sums[2], 0, slots) if mean is None else mean
+    total, squares, count = row(sums, (0, 0), slots), row(sums, (1, 0), slots), np.float64(rows * n)
+    own_mean = row(sums, (2, 0), slots) if mean is None else mean
     if conclude(total, squares, row(shift, 0, slots), count, own_mean, m2) > 0:
         for k in range(slots):
             i = first + k * apart

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from nbnorm._cpu.cut import block, bounds, positions, runs, unpack
-from nbnorm._cpu.halves import scratch
+from nbnorm._cpu.lanes import fill
 from nbnorm._cpu.launch import allocating, helper, inlined, loop
-from nbnorm._cpu.memory import borrowed, row
+from nbnorm._cpu.memory import borrowed, entry, part, row
+from nbnorm._cpu.scratch import room, scratch, wide
 from nbnorm._cpu.segments import apply_block, apply_segment, input_grad_segment, summands
 from nbnorm._cpu.short_slots import SLOTS, short_moments
 from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
@@ -15,16 +16,13 @@ from nbnorm._cpu.tiles import (
     FOUR,
     PIECE,
     TILE,
-    entry,
     grad_sums_of_four,
     in_fours,
     line_moments,
     parameter,
-    part,
     piece,
     piece_grad_sums,
     reciprocal_stds,
-    room,
     slot_count,
     weighted,
     within,
@@ -62,7 +60,7 @@ def chunk_moments(g, x, weights, slot, slots, chunk, moments):
         return
     for k in range(slot, slot + slots):
         moments[k * cut.chunks + chunk, 0] = 0.0
-    x, shift, sums, found = borrowed(x), scratch(SLOTS, x), np.empty((3, SLOTS)), np.empty((2, SLOTS))
+    x, shift, sums, found = borrowed(x), scratch(SLOTS, x), wide((3, SLOTS)), wide((2, SLOTS))
     tile_rows, tile_cols = max(1, min(rows, TILE // cols)), min(cols, TILE)
     stride, together = cut.group * cut.inner, SLOTS if cols <= TILE else 1
     for r in range(0, rows, tile_rows):
@@ -71,7 +69,7 @@ def chunk_moments(g, x, weights, slot, slots, chunk, moments):
             first, n = ((r0 + r) * cut.group + k) * cut.inner + c0, min(together, slot + slots - k)
             for c in range(0, cols, tile_cols):
                 width = min(tile_cols, cols - c)
-                means, m2s = row(found[0], 0, n), row(found[1], 0, n)
+                means, m2s = row(found, (0, 0), n), row(found, (1, 0), n)
                 short_moments(x, first + c, cut.inner, n, stride, height, width, shift, sums, means, m2s)
                 add_tiles(g, k, n, chunk, np.float64(height * width), means, m2s, moments)
     for k in range(slot, slot + slots):
@@ -209,6 +207,9 @@ def chunk_grad_sums(
     fours = in_fours(rows, min(cut.run, cols), x)
     given = (g, x, dy, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums)
     own_room = room((2, PIECE), x, weights, activation)
+    for k in range(slot, slot + slots):
+        for i in range(4):
+            fill(row(sums, (k * cut.chunks + chunk, i, 0), cut.width), 0.0)
     add_segments(*given, own_room, r0, r0 + fours, FOUR)
     add_segments(*given, own_room, r0 + fours, r0 + rows, 1)
     for k in range(slot, slot + slots):

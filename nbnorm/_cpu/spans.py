@@ -5,7 +5,6 @@ A sample is ``period`` rows, which have all the parameters between them.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -54,7 +53,9 @@ class Cut(NamedTuple):
     ahead: int  # rows that forward asks for before it normalizes these
 
 
-@lru_cache(maxsize=4096)
+_BANDS = Cut._fields.index("bands")
+
+
 def geometry(
     view: View, threads: int, masked: bool = False, size: int = 0, halves: bool = False
 ) -> np.ndarray:
@@ -84,13 +85,11 @@ def rows_together(rows: int, inner: int, size: int) -> int:
     return min(SLOTS, PAST // max(inner, 1)) if inner <= PAST_ROW else 1
 
 
-@lru_cache(maxsize=4096)
-def band_count(view: View, threads: int) -> int:
+def band_count(g: np.ndarray) -> int:
     """Return the number of bands."""
-    return Cut(*geometry(view, threads).tolist()).bands
+    return int(g[_BANDS])
 
 
-@lru_cache(maxsize=4096)
 def fused(view: View, threads: int, masked: bool = False) -> int:
     """Return how many threads should share whole bands; 0 where chunks of their rows keep more threads busy."""
     cut = Cut(*geometry(view, threads).tolist())

@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, overload
 
 from nbnorm._cpu.launch import inlined
 from nbnorm._cpu.memory import LINE, row
 from nbnorm._cpu.row_type import Row, data_of, element_size, emit_row
-from nbnorm._math import by_type
+from nbnorm._math import emitted
 
 # As many bytes as the loops over elements take in one step: blocks of one line are not vectorized.
 BLOCK = 4 * LINE
@@ -83,43 +82,8 @@ def block_like(y):
     return np.empty(BLOCK // y.itemsize, y.dtype)
 
 
-@overload(block_like, inline="always")
-def _block_like(y):
-    return lambda y: _room(y)
-
-
-def store_block(block, y, first):
-    """Store a block, which begins with a line of memory, past the caches."""
-    y[first : first + block.shape[0]] = block
-
-
-@by_type(store_block)
-def _store_block(block, y, first):
-    return lambda block, y, first: _stored(block, y, first)
-
-
-def before_line(x):
-    """Elements before the first that begins a line of memory; no end of them where elements are not aligned."""
-    behind = -x.ctypes.data % LINE
-    return NEVER if behind % x.itemsize else behind // x.itemsize
-
-
-@by_type(before_line)
-def _before_line(x):
-    return lambda x: _distance(x)
-
-
-def finish(streamed):
-    """Let other threads see what has been streamed."""
-
-
-@by_type(finish)
-def _finish(streamed):
-    return lambda streamed: _fence() if streamed else None
-
-
-@intrinsic
-def _room(typingctx, y):
+@emitted(block_like)
+def _block_like(typingctx, y):
     result = Row(y.dtype, True)
 
     def generate(context, builder, signature, args):
@@ -134,8 +98,13 @@ def _room(typingctx, y):
     return result(y), generate
 
 
-@intrinsic
-def _stored(typingctx, block, y, first):
+def store_block(block, y, first):
+    """Store a block, which begins with a line of memory, past the caches."""
+    y[first : first + block.shape[0]] = block
+
+
+@emitted(store_block)
+def _store_block(typingctx, block, y, first):
     def generate(context, builder, signature, args):
         word = context.get_value_type(types.intp)
         source = data_of(context, builder, block, args[0])
@@ -154,8 +123,14 @@ def _stored(typingctx, block, y, first):
     return types.none(block, y, types.intp), generate
 
 
-@intrinsic
-def _distance(typingctx, x):
+def before_line(x):
+    """Elements before the first that begins a line of memory; no end of them where elements are not aligned."""
+    behind = -x.ctypes.data % LINE
+    return NEVER if behind % x.itemsize else behind // x.itemsize
+
+
+@emitted(before_line)
+def _before_line(typingctx, x):
     def generate(context, builder, signature, args):
         data = data_of(context, builder, x, args[0])
         word = context.get_value_type(types.intp)
@@ -167,10 +142,15 @@ def _distance(typingctx, x):
     return types.intp(x), generate
 
 
-@intrinsic
-def _fence(typingctx):
+def finish(streamed):
+    """Let other threads see what has been streamed."""
+
+
+@emitted(finish)
+def _finish(typingctx, streamed):
     def generate(context, builder, signature, args):
-        builder.fence("seq_cst")
+        with builder.if_then(context.is_true(builder, streamed, args[0]), likely=False):
+            builder.fence("seq_cst")
         return context.get_dummy_value()
 
-    return types.none(), generate
+    return types.none(streamed), generate

@@ -10,15 +10,12 @@ from math import isnan
 
 import numpy as np
 
-from nbnorm._cpu.halves import scratch, widen
-from nbnorm._cpu.launch import helper, inlined, reduction
-from nbnorm._cpu.memory import row
+from nbnorm._cpu.halves import widen
+from nbnorm._cpu.launch import called, helper, inlined, reduction
+from nbnorm._cpu.memory import part, row
 from nbnorm._math import (
-    ALLOCATING,
     accumulate,
     add,
-    by_type,
-    is_none,
     normalize,
     reciprocal_std,
     rounded,
@@ -213,44 +210,6 @@ def grad_sums_of_four(xa, xb, xc, xd, a, b, c, d, mean_hi, rstd):
     return np.float64(sum_g) + np.float64(other_g), np.float64(sum_g_x_hat) + np.float64(other_g_x_hat)
 
 
-def part(values, first, n):
-    """`row` of an optional array."""
-    return None if values is None else row(values, first, n)
-
-
-@by_type(part)
-def _part(values, first, n):
-    if is_none(values):
-        return lambda values, first, n: None
-    return lambda values, first, n: row(values, first, n)
-
-
-def entry(values, i):
-    """Entry of an optional array, of two dimensions a `row`."""
-    return None if values is None else values[i]
-
-
-@by_type(entry)
-def _entry(values, i):
-    if is_none(values):
-        return lambda values, i: None
-    if getattr(values, "ndim", 1) == 1:
-        return lambda values, i: values[i]
-    return lambda values, i: row(values, i * values.shape[1], values.shape[1])
-
-
-def room(shape, x, weights, activation):
-    """Room for the `summands` of gradients' sums, None where they are computed from nothing but x and dy."""
-    return None if weights is None and activation is None else scratch(shape, x)
-
-
-@by_type(room, **ALLOCATING)
-def _room(shape, x, weights, activation):
-    if is_none(weights) and is_none(activation):
-        return lambda shape, x, weights, activation: None
-    return lambda shape, x, weights, activation: scratch(shape, x)
-
-
 @helper
 def about_mean(total, squares, n):
     """Sum of squares about the mean, from the sums about a value near it."""
@@ -342,7 +301,7 @@ def tile_squares(x):
     return central_sums(x, None, 0.0)[1]
 
 
-@helper
+@called
 def careful_tile_moments(x, weights, first, stride, rows, n):
     """Count, mean and m2 of a tile in two float64 passes: any finite float32, NaN and Inf."""
     count = total = 0.0
@@ -364,7 +323,7 @@ def careful_tile_moments(x, weights, first, stride, rows, n):
     return count, mean, m2
 
 
-@helper
+@called
 def reciprocal_stds(m2, n, eps, rstd):
     """`reciprocal_std` of neighbouring slots with as many values each, side by side."""
     for i in range(m2.shape[0]):
@@ -401,14 +360,14 @@ def parameter(values, i, default):
     return default if values is None else np.float64(values[i])
 
 
-@helper
+@called
 def add_rows(total, rest, a):
     """Add one row of sums to another, and what rounding leaves out to a third."""
     for i in range(total.shape[0]):
         total[i], rest[i] = add(total[i], rest[i], np.float64(a[i]))
 
 
-@helper
+@called
 def settle_rows(total, rest):
     """Put back what rounding has left out."""
     for i in range(total.shape[0]):
