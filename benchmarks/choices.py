@@ -49,6 +49,11 @@ SEGMENTS = (
 )
 # Narrow arrays, which one thread works on.
 FOLDED = ((32, 64), (128, 64), (256, 64), (64, 3), (2048, 3), (256, 10), (2048, 10), (512, 32), (128, 256))
+# Narrow arrays of more rows.
+WIDTHS = (
+    (256, 128), (512, 128), (1024, 128), (4096, 128), (1024, 64), (2048, 64), (8192, 64), (4096, 32), (8192, 16),
+    (512, 256), (2048, 256), (16384, 96),
+)  # fmt: skip
 # Cases around the last-level cache, and around as many neighbours as are worth it.
 STREAMS = (
     *(
@@ -93,9 +98,14 @@ def show(title: str, calls: dict[Any, Callable[[], object]]) -> None:
 def with_cut(cut: Any, call: Callable[[], object]) -> Callable[[], object]:
     """Return a call whose traversal cuts arrays in another way."""
     start, g = _cpu.start, np.array(cut)
+    return started(lambda *arguments: start(*arguments)._replace(geometry=g), call)
+
+
+def started(start: Callable[..., _cpu.Start], call: Callable[[], object]) -> Callable[[], object]:
+    """Return a call whose traversal starts in another way."""
 
     def run() -> None:
-        with patch.object(_cpu, "start", lambda *arguments: start(*arguments)._replace(geometry=g)):
+        with patch.object(_cpu, "start", start):
             call()
 
     return run
@@ -181,6 +191,20 @@ def folded() -> None:
             show(f"rows side by side, {name} {shape}, chosen {chosen.fold}", ways)
 
 
+def widths() -> None:
+    """Batch norm of narrow arrays whose rows fill fewer and more lanes, by two threads."""
+    for shape in WIDTHS:
+        for name in ("forward", "backward"):
+            call, b = prepare(name, Case("batch", shape))
+            view = batch_view(b.x.shape, b.x.strides, b.x.itemsize, 1)
+            ways = {}
+            for lanes in sorted({256, 384, 512, 768}, key=lambda lanes: lanes != grid.WIDE):
+                with patch.object(grid, "WIDE", lanes):
+                    found = _cpu.start.__wrapped__(view, 2, False, moved(name, b), False)
+                ways[lanes] = started(lambda *_, found=found: found, call)
+            show(f"lanes of a row, {name} {shape}, chosen {grid.WIDE}", ways)
+
+
 def together() -> None:
     """Forward and backward passes that take more and more neighbouring slots together."""
     groups = [Case("group", shape, num_groups=number) for shape, number in GROUPS]
@@ -252,6 +276,7 @@ if __name__ == "__main__":
     segments()
     chunks()
     folded()
+    widths()
     together()
     rows_together()
     fetched()

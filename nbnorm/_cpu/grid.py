@@ -17,8 +17,9 @@ from nbnorm._cpu.streams import worthwhile_in_columns
 from nbnorm._cpu.tiles import CHUNK
 from nbnorm._view import View
 
-# Folding fills rows up to this many lanes (benchmarks/bench_batch_norm.py, Columns).
-WIDE = 768
+# Folding fills rows up to this many lanes: with twice as many, most take up to a fifth more time, a few 0.96 to 1 of it
+# (Zen 4, two threads; benchmarks/choices.py, lanes of a row), since narrower rows are sooner enough for two chunks.
+WIDE = 384
 # Of n rows, folding puts as many side by side as the largest power of two up to sqrt(n) / FOLDING, if WIDE has room for
 # them: what it saves in the rows of a block, merging its lanes must not cost (benchmarks/choices.py; Emerald Rapids, 32
 # to 2048 rows of 3 to 256 lanes: within a tenth of the best number).
