@@ -51,6 +51,19 @@ class LayerNorm(_Norm):
         return measured(self)
 
 
+class ShortRows(Timed):
+    """What does a row of layer norm cost beside its elements? Tensors of 256 KB."""
+
+    params = (TRAINING, [32, 64, 96, 128, 256, 512])
+    param_names = ("operation", "columns")
+
+    def measure(self, operation, columns):
+        return measure(operation, Case("layer", (65536 // columns, columns)))
+
+    def setup_cache(self):
+        return measured(self)
+
+
 class RMSNorm(_Norm):
     """Rows, as in large language models."""
 
@@ -82,4 +95,4 @@ class InstanceNorm(_Norm):
 
 
 if __name__ == "__main__":
-    show(LayerNorm, RMSNorm, GroupNorm, InstanceNorm)
+    show(LayerNorm, ShortRows, RMSNorm, GroupNorm, InstanceNorm)

@@ -16,6 +16,8 @@ from typing import Any
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 
+from nbnorm._rounds import promise
+
 # An attribute of LLVM that llvmlite does not know; it means nothing where vectors are shorter.
 _WIDE = '"prefer-vector-width"="512"'
 # Passes of Numba that look for comprehensions, functions inlined by it, expressions of whole arrays and `with`.
@@ -35,6 +37,15 @@ class WideCode(JITCodeLibrary):
         super().add_ir_module(module)  # type: ignore[no-untyped-call]
 
 
+class ElementCode(WideCode):
+    """Code with loops over elements of rows, whose rounds are independent."""
+
+    def add_ir_module(self, module: Any) -> None:
+        """Take a module in."""
+        promise(module)
+        super().add_ir_module(module)
+
+
 class PartCode(WideCode):
     """Code that does not run by itself, so that there is no machine code of it."""
 
@@ -43,7 +54,7 @@ class PartCode(WideCode):
         return 0
 
 
-class LoopCode(PartCode):
+class LoopCode(ElementCode, PartCode):
     """Code that is optimized with all that it calls before a kernel takes it in."""
 
     def _finalize_final_module(self) -> None:
@@ -86,8 +97,12 @@ class InnerCode(PartCode):
         return found
 
 
-class CalledCode(InnerCode):
-    """Code that a kernel has once and calls, wherever it is used."""
+class InlinedCode(ElementCode, InnerCode):
+    """Inner code with loops over elements."""
+
+
+class CalledCode(InlinedCode):
+    """Such code that a kernel has once and calls, wherever it is used."""
 
     def add_ir_module(self, module: Any) -> None:
         """Take a module in."""
@@ -151,8 +166,14 @@ class Inner(Part):
     code = InnerCode
 
 
+class Inlined(Part):
+    """Numba's compiler for loops over elements that kernels take in as they are."""
+
+    code = InlinedCode
+
+
 class Called(Part):
-    """Numba's compiler for what kernels call and do not take in."""
+    """Numba's compiler for those that kernels call and do not take in."""
 
     code = CalledCode
 

@@ -34,6 +34,7 @@ LEVELS = [
     {"_activation"},
     {"_expressions", "_libraries", "_math", "_options", "_view", "_warn"},
     {"_inner"},
+    {"_rounds"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from numba import njit, prange
 
-from nbnorm._cpu.launch import called, helper, kernel, loop, reduction
+from nbnorm._cpu.launch import called, helper, inlined, kernel, loop, reduction
+from nbnorm._cpu.memory import row
 from nbnorm._inner import InnerCode, LoopCode, Outer, Wide
 from processes import run
 
@@ -120,7 +121,7 @@ def sums(x):
     return total
 
 
-@kernel
+@njit(pipeline_class=Wide)  # not kept on disk, for what comes from there does not show its code
 def calling(x):
     """Call both."""
     for i in range(x.shape[0]):
@@ -146,3 +147,29 @@ def test_nobody_takes_over_the_rules_of_a_caller():
     code = library.get_llvm_str()
     assert "fsub double" in code
     assert "alwaysinline" not in code
+
+
+def combine(a, b, c):
+    """Access each element in one round."""
+    for i in range(a.shape[0]):
+        a[i] = a[i] * b[i] + c[i]
+
+
+@pytest.mark.parametrize(
+    ("kind", "promised"), [(inlined, True), (loop, True), (called, True), (helper, False)]
+)
+def test_who_promises_that_rounds_are_independent(kind, promised):
+    """Where elements are promised to one round each, nothing is compared before a loop, and in place is right."""
+    combined = kind(combine)
+
+    @njit(pipeline_class=Wide)
+    def combining(a, b, c):
+        n = a.shape[0]
+        combined(row(a, 0, n), row(b, 0, n), row(c, 0, n))
+
+    a, b = np.arange(100.0), np.linspace(1, 2, 100)
+    expected = a * b + a
+    combining(a, b, a)
+    (library,) = libraries(combining)
+    assert ("memcheck" in library.get_llvm_str()) is not promised
+    np.testing.assert_array_equal(a, expected)

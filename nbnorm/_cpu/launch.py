@@ -11,7 +11,7 @@ from numba import njit
 from nbnorm._cpu.cache import Cache
 from nbnorm._cpu.halves import computing, stored
 from nbnorm._cpu.team import team
-from nbnorm._inner import Called, Loop, Outer, Wide
+from nbnorm._inner import Called, Inlined, Loop, Outer, Wide
 from nbnorm._math import ALLOCATING, INNER
 
 # Elements below which waking a team of threads costs more than it saves (benchmarks/bench_batch_norm.py, Small).
@@ -24,14 +24,17 @@ _PRANGE: dict[str, bool] = dict.fromkeys(
 )
 
 helper = njit(**INNER)
+# For what makes arrays of its own; it cannot hand them back to a `helper`, which would not free them.
+allocating = njit(**{**INNER, **ALLOCATING})
+# All others are for loops over elements of rows (`memory.row`): what one round writes, no other reads or writes.
+# Results may lie where an input does, element on element; a loop whose rounds depend on each other is for a helper.
+#
 # For loops that a kernel needs in several places, and for what rarely runs: taken in everywhere, they took a quarter to
 # a half of a kernel's time in the compiler (benchmarks/bench_start.py, before and after) and none off its own.
 called = njit(**{**INNER, "pipeline_class": Called})
-# For what makes arrays of its own; it cannot hand them back to a `helper`, which would not free them.
-allocating = njit(**{**INNER, **ALLOCATING})
 # For a loop over so few elements that handing over its arrays, seven words each, would take as long.
-inlined = njit(**{**INNER, "forceinline": True})
-# Loops over elements, optimized before a kernel takes them in: otherwise some are a tenth slower, some not vectorized.
+inlined = njit(**{**INNER, "pipeline_class": Inlined, "forceinline": True})
+# For loops that are optimized before a kernel takes them in: otherwise some are a tenth slower, some not vectorized.
 _LOOP: dict[str, Any] = {**INNER, "pipeline_class": Loop}
 loop = njit(**_LOOP)
 # Sums side by side: a product and the sum it enters may be rounded once.

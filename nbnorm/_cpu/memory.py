@@ -15,13 +15,15 @@ LINE = 64  # bytes that go from memory to a cache, or back, together
 def row(x, first, n):
     """Neighbours of a line of memory on their own, whose loops start at 0: others do not vectorize.
 
-    ``first`` is an index of ``x``, a tuple where there are several dimensions. Compiled it is a `Row`, which checks
-    nothing and does not keep the memory alive: ``x`` must be without gaps, and an argument of the function that calls
-    this.
+    ``first`` is the index of the first, a tuple where there are several dimensions. Compiled this is a `Row`, which
+    checks nothing and does not keep the memory alive: ``x`` must be without gaps, and an argument of the function that
+    calls this.
     """
-    *line, start = first if isinstance(first, tuple) else (first,)
-    assert 0 <= start <= start + n <= x.shape[-1], (first, n, x.shape)
-    return x[(*line, slice(start, start + n))]
+    at, *others = first if isinstance(first, tuple) else (first,)
+    for length, index in zip(x.shape[1:], others, strict=True):
+        at = at * length + index
+    assert 0 <= at <= at + n <= x.size, (first, n, x.shape)
+    return x.reshape(-1)[at : at + n]
 
 
 @emitted(row)

@@ -19,7 +19,9 @@ from __future__ import annotations
 from numba import prange
 
 from nbnorm._cpu.cut import fused, geometry, neighbours, tasks, unpack
+from nbnorm._cpu.lanes import fill
 from nbnorm._cpu.launch import Twins
+from nbnorm._cpu.memory import row
 from nbnorm._cpu.scratch import wide
 from nbnorm._cpu.slots import (
     add_chunks,
@@ -90,6 +92,7 @@ def gradient_passes_kernel(
     group, together = cut.group, cut.slots
     sums = wide((group * cut.chunks if constant is None else 0, 4, cut.width))
     terms = wide((group, 5))
+    fill(row(sums, (0, 0, 0), sums.size), 0.0)
     if constant is None:
         for task in prange(tasks(g)):
             slot, slots, chunk = neighbours(g, task)
@@ -124,6 +127,7 @@ def backward_kernel(
     cut = unpack(g)
     group, chunks, together = cut.group, cut.chunks, cut.slots
     sums, terms = wide((group * chunks, 4, cut.width)), wide((group, 5))
+    fill(row(sums, (0, 0, 0), sums.size), 0.0)
     for task in prange(-(-group // together)):
         first = task * together
         slots = min(together, group - first)

@@ -17,6 +17,8 @@ from numba.extending import (
     type_callable,
 )
 
+from nbnorm._rounds import element_access
+
 
 class Row(types.Type):
     """Neighbours in memory that somebody else owns: where they begin and how many there are.
@@ -83,7 +85,7 @@ def _setitem(context, builder, signature, args):
     at = context.cast(builder, args[1], index, types.intp)
     cast = context.cast(builder, args[2], value, row.dtype)
     place = builder.gep(data_of(context, builder, row, args[0]), [at])
-    context.pack_value(builder, row.dtype, cast, place, _alignment(row))
+    element_access(builder.store(cast, place, align=_alignment(row)))
     return context.get_dummy_value()
 
 
@@ -95,7 +97,7 @@ def _alignment(x):
 def element(context: Any, builder: Any, x: Any, value: Any, at: Any) -> Any:
     """Emit an element of a row, or of an array of one dimension."""
     place = builder.gep(data_of(context, builder, x, value), [at])
-    return context.unpack_value(builder, x.dtype, place, _alignment(x))
+    return element_access(builder.load(place, align=_alignment(x)))
 
 
 def element_size(context: Any, x: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from nbnorm._cpu.cut import block, bounds, positions, runs, unpack
-from nbnorm._cpu.lanes import fill
 from nbnorm._cpu.launch import allocating, helper, inlined, loop
 from nbnorm._cpu.memory import borrowed, entry, part, row
 from nbnorm._cpu.scratch import room, scratch, wide
@@ -207,9 +206,6 @@ def chunk_grad_sums(
     fours = in_fours(rows, min(cut.run, cols), x)
     given = (g, x, dy, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums)
     own_room = room((2, PIECE), x, weights, activation)
-    for k in range(slot, slot + slots):
-        for i in range(4):
-            fill(row(sums, (k * cut.chunks + chunk, i, 0), cut.width), 0.0)
     add_segments(*given, own_room, r0, r0 + fours, FOUR)
     add_segments(*given, own_room, r0 + fours, r0 + rows, 1)
     for k in range(slot, slot + slots):
