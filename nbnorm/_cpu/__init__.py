@@ -102,9 +102,9 @@ def forward(
     if view.size:
         threads = threads_for(view.size)
         walk, g, team = start(view, threads, mask is not None, 2 * x.nbytes, x.itemsize < 4)
-        kernel = walk.forward_kernel if team else walk.passes_kernel
+        run = walk.forward_kernel if team else walk.passes_kernel
         options = _options(view, epilogue, mask)
-        kernel(team or threads, g, flat(x), flat(y), *options, eps, mean, m2, slot_rstd)
+        run(team or threads, g, flat(x), flat(y), *options, eps, mean, m2, slot_rstd)
     return mean, m2, slot_rstd
 
 

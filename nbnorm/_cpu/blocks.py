@@ -10,7 +10,7 @@ import numpy as np
 
 from nbnorm._cpu.grid import locate, row_lanes, rows_end, unpack
 from nbnorm._cpu.lane_grads import chunk_lane_grad_sums, line_sum
-from nbnorm._cpu.lane_merges import merge, slot_moments
+from nbnorm._cpu.lane_merges import merge_sets, slot_moments
 from nbnorm._cpu.lane_moments import chunk_lane_moments, total_weight
 from nbnorm._cpu.lanes import apply_row, copy_row, fill, input_grad_row, row_weight
 from nbnorm._cpu.launch import allocating, helper, inlined, loop
@@ -63,12 +63,12 @@ def chunk_moments(g, x, weights, index, chunk, pool, moments):
 def block_moments(g, x, weights, index, pool, moments, mean, m2):
     """Merge chunks, folds and the spare row of a block, then the lanes of each slot."""
     cut, own = unpack(g), locate(g, index)
-    down, across = np.int64(1), np.int64(0)  # as numbers written out they would have `merge` compiled twice
+    down, across = np.int64(1), np.int64(0)  # as numbers written out they would have `merge_sets` compiled twice
     counts, folds = chunk_weights(g, weights, own.batch), wide(cut.fold)
-    n = merge(moments, cut.chunks, down, across, counts, row(x, 0, 0), own.lanes, pool)
+    n = merge_sets(moments, cut.chunks, down, across, counts, row(x, 0, 0), own.lanes, pool)
     fill(row(folds, 0, cut.fold), n)
     spare = row(x, own.base + cut.rows * cut.lanes, cut.spare)
-    n = merge(moments, cut.fold, across, own.width, folds, spare, own.width, pool)
+    n = merge_sets(moments, cut.fold, across, own.width, folds, spare, own.width, pool)
     lane_mean, lane_m2 = row(moments, (0, 0, 0), own.width), row(moments, (0, 1, 0), own.width)
     if cut.inner == 1:
         copy_row(row(mean, own.slot, own.slots), lane_mean)

@@ -54,7 +54,7 @@ def settle_moments(mean, m2, center, total, squares, rest, n):
 
 
 @called
-def merge(moments, sets, down, across, counts, spare, n, pool):
+def merge_sets(moments, sets, down, across, counts, spare, n, pool):
     """Merge the moments of ``n`` lanes of some sets, and single values to spare, into those of the first set.
 
     Each set lies ``down`` blocks of moments and ``across`` lanes behind the one before; ``counts`` are the values in a
