@@ -63,10 +63,8 @@ def chunk_moments(g, x, weights, index, chunk, pool, moments):
 def block_moments(g, x, weights, index, pool, moments, mean, m2):
     """Merge chunks, folds and the spare row of a block, then the lanes of each slot."""
     cut, own = unpack(g), locate(g, index)
-    down, across = (
-        np.int64(1),
-        np.int64(0),
-    )  # as numbers written out they would have `merge_sets` compiled twice
+    # As numbers written out these would have `merge_sets` compiled twice.
+    down, across = np.int64(1), np.int64(0)
     counts, folds = chunk_weights(g, weights, own.batch), wide(cut.fold)
     n = merge_sets(moments, cut.chunks, down, across, counts, row(x, 0, 0), own.lanes, pool)
     fill(row(folds, 0, cut.fold), n)
