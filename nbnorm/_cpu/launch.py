@@ -29,8 +29,8 @@ allocating = njit(**{**INNER, **ALLOCATING})
 # All others are for loops over elements of rows (`memory.row`): what one round writes, no other reads or writes.
 # Results may lie where an input does, element on element; a loop whose rounds depend on each other is for a helper.
 #
-# For loops that a kernel needs in several places, and for what rarely runs: taken in everywhere, they took a quarter to
-# a half of a kernel's time in the compiler (benchmarks/bench_start.py, before and after) and none off its own.
+# For loops that a kernel needs in several places, and for what rarely runs: taken in everywhere, they were a quarter to
+# a half of LLVM's work on the kernels of columns, none of which was faster for it (Zen 4).
 called = njit(**{**INNER, "pipeline_class": Called})
 # For a loop over so few elements that handing over its arrays, seven words each, would take as long.
 inlined = njit(**{**INNER, "pipeline_class": Inlined, "forceinline": True})
