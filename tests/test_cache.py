@@ -134,20 +134,21 @@ def test_stale_code_is_not_found(change, folder, monkeypatch):
 
 
 def test_the_digest_covers_every_source_of_kernels(tmp_path, monkeypatch):
-    """A file with a compiled function in it that the digest leaves out would keep stale code alive."""
+    """Of all that kernels import, and that says how they are compiled: what it left out would keep stale code alive."""
     package = Path(nbnorm.__file__).parent
     copy = shutil.copytree(package, tmp_path / "nbnorm", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(cache, "_HERE", copy / "_cpu")
     expected = cache._source_digest()
-    compiled = re.compile(
-        r"^@(formula|helper|reduction|intrinsic|overload|kernel|Twins|.*njit)", re.MULTILINE
-    )
-    others = {"_bench.py"}  # its copy of an array is compiled for itself and kept nowhere
-    shared = [
-        path for path in package.glob("*.py") if path.name not in others and compiled.search(path.read_text())
-    ]
-    assert shared
-    for path in [*shared, *(package / "_cpu").glob("*.py")]:
+    own = re.compile(r"^from nbnorm\.(\w+) import", re.MULTILINE)
+    without_influence = {"_cpu", "_options", "_view"}  # what Python does before it calls a kernel
+    sources, found = list((package / "_cpu").glob("*.py")), set()
+    while sources:
+        path = sources.pop()
+        names = set(own.findall(path.read_text())) - without_influence
+        sources += {package / f"{name}.py" for name in names} - found
+        found |= {path}
+    assert {"_math.py", "_rounds.py"} <= {path.name for path in found}
+    for path in found:
         source = copy / path.relative_to(package)
         text = source.read_text()
         source.write_text(text + "# changed")

@@ -45,7 +45,8 @@ def _source_digest() -> str | None:
     """Digest of everything that kernels are made of; None where there are no source files, as in a zip."""
     digest = hashlib.sha256()
     try:
-        shared = [_HERE.parent / name for name in ("_inner.py", "_math.py", "_activation.py")]
+        names = ("_activation.py", "_inner.py", "_math.py", "_rounds.py")
+        shared = [_HERE.parent / name for name in names]
         for path in sorted([*_HERE.glob("*.py"), *shared]):
             digest.update(b"%s\0%s\0" % (path.name.encode(), path.read_bytes()))
     except OSError:
