@@ -17,32 +17,30 @@ from numba.extending import overload
 from nbnorm._inner import Inner
 
 # Called by kernels alone: neither Python nor C can. They count no references to arrays, two locked instructions each
-# time: a function that makes arrays asks for that (ALLOCATING). What is not said here a function would take from the
-# first that calls it.
+# time: only a function that makes arrays does. What is not said here a function would take from the first that calls
+# it.
 INNER: dict[str, Any] = {
     "error_model": "numpy", "fastmath": False, "forceinline": False, "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True, "pipeline_class": Inner, "_nrt": False,
 }  # fmt: skip
-ALLOCATING: dict[str, Any] = {"_nrt": True}
 formula = njit(**INNER)
 # Of the shape a * b + c, whose product and sum are rounded once where the machine can, the same way everywhere.
 fused_formula = njit(**{**INNER, "fastmath": {"contract"}})
 
 
-def by_type(function: Any, **options: Any) -> Any:
+def by_type(function: Any) -> Any:
     """Register what chooses a formula by the types of its arguments while kernels compile.
 
     Python calls the function itself, kernels what the chooser returns.
     """
-    compiled: Any = {**INNER, **options}
-    return overload(function, jit_options=compiled)
+    return overload(function, jit_options=INNER)  # type: ignore[arg-type]
 
 
 def emitted(function: Any) -> Any:
     """Register what emits code where kernels call a function, as Numba's `intrinsic` does for one of its own.
 
-    Python calls the function itself. There is nothing to compile first, on which Numba spends 10 to 20 ms for every
-    type of arguments, however short the function.
+    Python calls the function itself. There is nothing to compile first, which takes Numba its time for every type of
+    arguments, however short the function.
     """
 
     def register(definition: Any) -> Any:

@@ -12,7 +12,7 @@ from nbnorm._cpu.cache import Cache
 from nbnorm._cpu.halves import computing, stored
 from nbnorm._cpu.team import team
 from nbnorm._inner import Called, Inlined, Loop, Outer, Wide
-from nbnorm._math import ALLOCATING, INNER
+from nbnorm._math import INNER
 
 # Elements below which waking a team of threads costs more than it saves (benchmarks/bench_batch_norm.py, Small).
 PARALLEL_MIN = 32768
@@ -25,12 +25,12 @@ _PRANGE: dict[str, bool] = dict.fromkeys(
 
 helper = njit(**INNER)
 # For what makes arrays of its own; it cannot hand them back to a `helper`, which would not free them.
-allocating = njit(**{**INNER, **ALLOCATING})
+allocating = njit(**{**INNER, "_nrt": True})
 # All others are for loops over elements of rows (`memory.row`): what one round writes, no other reads or writes.
 # Results may lie where an input does, element on element; a loop whose rounds depend on each other is for a helper.
 #
-# For loops that a kernel needs in several places, and for what rarely runs: taken in everywhere, they were a quarter to
-# a half of LLVM's work on the kernels of columns, none of which was faster for it (Zen 4).
+# For loops that a kernel needs in several places, and for what rarely runs: taken in everywhere, they were much of
+# LLVM's work, and no kernel was faster for it.
 called = njit(**{**INNER, "pipeline_class": Called})
 # For a loop over so few elements that handing over its arrays, seven words each, would take as long.
 inlined = njit(**{**INNER, "pipeline_class": Inlined, "forceinline": True})
@@ -39,8 +39,7 @@ _LOOP: dict[str, Any] = {**INNER, "pipeline_class": Loop}
 loop = njit(**_LOOP)
 # Sums side by side: a product and the sum it enters may be rounded once.
 contracted = njit(**{**_LOOP, "fastmath": {"contract"}})
-# The least that lets LLVM vectorize a sum; NaN and Inf keep their meaning. Called instead of taken in, sums of segments
-# of 100 take a fifteenth more time.
+# The least that lets LLVM vectorize a sum; NaN and Inf keep their meaning. Short segments would notice a call.
 reduction = njit(**{**_LOOP, "fastmath": {"reassoc", "contract"}, "forceinline": True})
 
 
