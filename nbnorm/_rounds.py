@@ -36,11 +36,19 @@ def element_access(instruction: Any) -> Any:
     return instruction
 
 
-def promise(module: Any) -> None:
-    """Say of all loops in a module, where they jump back, that their rounds are independent."""
+def promise(module: Any, vectors: int | None) -> None:
+    """Say of all loops in a module, where they jump back, that their rounds are independent.
+
+    ``vectors`` are so many that LLVM shall take side by side.
+    """
     if not hasattr(module, "element_accesses"):
         return
     accesses = module.add_metadata(["llvm.loop.parallel_accesses", module.element_accesses])
+    wishes = []
+    if vectors is not None:
+        wishes.append(
+            module.add_metadata(["llvm.loop.interleave.count", ir.Constant(ir.IntType(32), vectors)])
+        )
     for function in module.functions:
         passed: set[str] = set()
         for block in function.blocks:
@@ -48,5 +56,5 @@ def promise(module: Any) -> None:
             ways = () if block.terminator is None else block.terminator.operands
             if any(isinstance(way, ir.Block) and way.name in passed for way in ways):
                 loop = _Distinct(module)
-                loop.operands = (loop, accesses)
+                loop.operands = (loop, accesses, *wishes)
                 block.terminator.set_metadata("llvm.loop", loop)

@@ -26,6 +26,8 @@ from nbnorm._cpu.tiles import (
     piece_grad_sums,
     reciprocal_stds,
     settle_rows,
+    short_grad_sums,
+    within,
 )
 from nbnorm._math import affine, gradient_terms, merge, recentered
 
@@ -132,8 +134,19 @@ def chunk_grad_sums(g, x, dy, r, chunk, mean, rstd, weight):
 
 
 @inlined
+def short_row_grad_sums(g, x, dy, r, mean, rstd, weight):
+    """The same over a short row, without the loops over its chunks and their pieces, which such rows notice."""
+    mean_hi, scale, _ = affine(mean, rstd, 1.0, 0.0, x)
+    n = unpack(g).inner
+    first, p = r * n, within(r, unpack(g).period) * n
+    return short_grad_sums(row(x, first, n), row(dy, first, n), part(weight, p, n), mean_hi, scale)
+
+
+@inlined
 def row_grad_sums(g, x, dy, r, mean, rstd, weight):
     """Sums of g and of g * x_hat over a row."""
+    if unpack(g).together == ROWS:
+        return short_row_grad_sums(g, x, dy, r, mean, rstd, weight)
     a = b = 0.0
     for chunk in range(unpack(g).chunks):
         part_a, part_b = chunk_grad_sums(g, x, dy, r, chunk, mean, rstd, weight)

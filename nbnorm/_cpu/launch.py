@@ -11,7 +11,7 @@ from numba import njit
 from nbnorm._cpu.cache import Cache
 from nbnorm._cpu.halves import computing, stored
 from nbnorm._cpu.team import team
-from nbnorm._inner import Called, Inlined, Loop, Outer, Wide
+from nbnorm._inner import Called, Inlined, Loop, Outer, ShortLoop, Wide
 from nbnorm._math import INNER
 
 # Elements below which waking a team of threads costs more than it saves (benchmarks/bench_batch_norm.py, Small).
@@ -40,7 +40,10 @@ loop = njit(**_LOOP)
 # Sums side by side: a product and the sum it enters may be rounded once.
 contracted = njit(**{**_LOOP, "fastmath": {"contract"}})
 # The least that lets LLVM vectorize a sum; NaN and Inf keep their meaning. Short segments would notice a call.
-reduction = njit(**{**_LOOP, "fastmath": {"reassoc", "contract"}, "forceinline": True})
+_REDUCTION: dict[str, Any] = {**_LOOP, "fastmath": {"reassoc", "contract"}, "forceinline": True}
+reduction = njit(**_REDUCTION)
+# For few elements.
+short_reduction = njit(**{**_REDUCTION, "pipeline_class": ShortLoop})
 
 
 def kernel(body: Callable[..., Any], **options: Any) -> Any:

@@ -20,13 +20,14 @@ from nbnorm._cpu.bands import (
     column_tasks,
     forward_band,
     input_grad_band,
+    short_row_grad_sums,
     value_of,
 )
 from nbnorm._cpu.lanes import fill
 from nbnorm._cpu.launch import Twins
 from nbnorm._cpu.memory import row
 from nbnorm._cpu.scratch import wide
-from nbnorm._cpu.spans import band_count, fused, geometry, span, unpack
+from nbnorm._cpu.spans import ROWS, band_count, fused, geometry, span, unpack
 from nbnorm._cpu.tiles import line_moments
 from nbnorm._math import merge, reciprocal_std
 
@@ -91,7 +92,11 @@ def gradient_passes_kernel(g, x, dy, dx, mean, rstd, weight, sums, total, rest):
         for task in prange(rows * chunks):
             r = task // chunks
             own = part_sums[task]
-            own[0], own[1] = chunk_grad_sums(g, x, dy, r, task % chunks, value_of(mean, r), rstd[r], weight)
+            r_mean, r_rstd = value_of(mean, r), rstd[r]
+            if unpack(g).together == ROWS:
+                own[0], own[1] = short_row_grad_sums(g, x, dy, r, r_mean, r_rstd, weight)
+            else:
+                own[0], own[1] = chunk_grad_sums(g, x, dy, r, task % chunks, r_mean, r_rstd, weight)
         for r in prange(rows):
             for i in range(r * chunks, (r + 1) * chunks):
                 sum_g[r] += part_sums[i, 0]

@@ -11,7 +11,7 @@ from math import isnan
 import numpy as np
 
 from nbnorm._cpu.halves import widen
-from nbnorm._cpu.launch import called, helper, inlined, reduction
+from nbnorm._cpu.launch import called, helper, inlined, reduction, short_reduction
 from nbnorm._cpu.memory import part, row
 from nbnorm._math import (
     accumulate,
@@ -179,8 +179,7 @@ def central_sums(x, weights, mean):
     return total, squares
 
 
-@reduction
-def piece_grad_sums(x, dy, weight, mean_hi, rstd):
+def _grad_sums(x, dy, weight, mean_hi, rstd):
     """Sums of g = dy * weight, or dy, and of g * x_hat over one piece; x_hat relative to the rounded mean."""
     sum_g = rounded(0.0, x)
     sum_g_x_hat = rounded(0.0, x)
@@ -191,6 +190,11 @@ def piece_grad_sums(x, dy, weight, mean_hi, rstd):
         sum_g += g
         sum_g_x_hat += g * standardize(widen(x[i]), mean_hi, rstd)
     return sum_g, sum_g_x_hat
+
+
+piece_grad_sums = reduction(_grad_sums)
+# The same over a short row.
+short_grad_sums = short_reduction(_grad_sums)
 
 
 @reduction
