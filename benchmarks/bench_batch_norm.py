@@ -8,7 +8,18 @@ from __future__ import annotations
 from itertools import product
 from math import prod
 
-from .common import BATCHES, PASSES, TRAINING, Case, Timed, both_layouts, floor, measure, measured, prepare
+from benchmarks.common import (
+    BATCHES,
+    PASSES,
+    TRAINING,
+    Case,
+    Timed,
+    both_layouts,
+    floor,
+    measure,
+    measured,
+    prepare,
+)
 
 CASES = {
     name if len(shape) == 2 else f"{name}, channels {'last' if case.channels_last else 'first'}": case

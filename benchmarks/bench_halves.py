@@ -5,7 +5,7 @@ python -m benchmarks.bench_halves prints the ratios.
 
 from __future__ import annotations
 
-from .common import STAGE, TRAINING, Case, Measured, best, measured, prepare, show
+from benchmarks.common import STAGE, TRAINING, Case, Measured, best, measured, prepare, show
 
 CASES = {
     "batch, channels first": STAGE,

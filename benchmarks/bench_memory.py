@@ -10,8 +10,7 @@ import tracemalloc
 import numpy as np
 
 import nbnorm
-
-from .common import STAGE, Case, Measured, batch, forward, measured, show
+from benchmarks.common import STAGE, Case, Measured, batch, forward, measured, show
 
 CASES = {
     "batch, channels first": STAGE,

@@ -5,7 +5,7 @@ python -m benchmarks.bench_norms prints one table for each norm.
 
 from __future__ import annotations
 
-from .common import TRAINING, Case, Timed, measure, measured, show
+from benchmarks.common import TRAINING, Case, Timed, measure, measured, show
 
 LAYER = {
     "BERT, 8 x 512 tokens": Case("layer", (4096, 768)),

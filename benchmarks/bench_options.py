@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 from numba import njit, prange
 
-from .common import STAGE, TRAINING, Call, Case, Measured, best, forward, measured, prepare, show
+from benchmarks.common import STAGE, TRAINING, Call, Case, Measured, best, forward, measured, prepare, show
 
 CASES = {
     "channels first": STAGE,

@@ -10,7 +10,7 @@ from itertools import product
 from math import nan
 from pathlib import Path
 
-from .common import TRAINING, Case, Timed, measure, measured, show
+from benchmarks.common import TRAINING, Case, Timed, measure, measured, show
 
 CASES = {
     "batch, channels first": lambda n: Case("batch", (n // 1024, 16, 16)),

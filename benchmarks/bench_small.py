@@ -5,7 +5,7 @@ python -m benchmarks.bench_small prints the microseconds.
 
 from __future__ import annotations
 
-from .common import TRAINING, Case, best, prepare
+from benchmarks.common import TRAINING, Case, best, prepare
 
 CASES = {
     "batch": Case("batch", (32, 64)),

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from tempfile import TemporaryDirectory
 
-from .common import Measured, measured, show
+from benchmarks.common import Measured, measured, show
 
 IMPORT = "from time import perf_counter as now; start = now(); import {}; print(now() - start)"
 CALL = """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numba
 
-from .common import STAGE, TRAINING, Call, Case, Measured, best, copy_of, measured, prepare, show
+from benchmarks.common import STAGE, TRAINING, Call, Case, Measured, best, copy_of, measured, prepare, show
 
 MOST = numba.config.NUMBA_NUM_THREADS
 COUNTS = sorted({*(2**i for i in range(MOST.bit_length())), MOST})

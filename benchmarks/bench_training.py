@@ -13,8 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 import nbnorm
-
-from .common import EPS, Measured, best, measured, oracle, reference, show
+from benchmarks.common import EPS, Measured, best, measured, oracle, reference, show
 
 NETWORKS = {"digits": (64, 64, 128, 64, 10), "wide": (512, 256, 1024, 1024, 10)}  # samples and features
 

@@ -24,7 +24,7 @@ with suppress(ImportError):  # asv reads every file of this folder, with version
     # Walk of batch norm, channels first and last.
     WALKS = (planes, cut.Cut), (columns, grid.Cut)
 
-from .common import Case, batch, best, prepare
+from benchmarks.common import Case, batch, best, prepare
 
 # Shapes of group norm, with the number of groups.
 GROUPS = (

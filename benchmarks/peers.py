@@ -24,7 +24,7 @@ import nbnorm
 with suppress(ImportError):  # asv reads every file of this folder, with versions that lack them
     from nbnorm import _bench, _peers
 
-from .common import BATCHES, Case, both_layouts, floor
+from benchmarks.common import BATCHES, Case, both_layouts, floor
 
 ENOUGH = 0.97
 OTHERS = [

@@ -27,7 +27,7 @@ with suppress(ImportError):  # asv reads every file of this folder, in environme
     from examples.pytorch_resnet import ResNet18
     from nbnorm.torch import _policy
 
-from .common import interleaved
+from benchmarks.common import interleaved
 
 Step = Callable[[], object]
 

@@ -15,7 +15,7 @@ with suppress(ImportError):  # asv reads every file of this folder, with version
     from nbnorm import _batch, _call, _cpu, _gradients, _layout
     from nbnorm._cpu import columns
 
-from .common import best
+from benchmarks.common import best
 
 SHAPE = (32, 64)
 
