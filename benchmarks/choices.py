@@ -245,8 +245,11 @@ def rows_together() -> None:
 
 def fetched() -> None:
     """Layer norm forward that asks for the next rows in advance, and that does not."""
-    for shape in ((65536, 96), (65536, 256), (2048, 768), (8192, 1024), (4096, 2048), (512, 4096)):
-        for dtype in ("float32", "float16"):
+    for shape in (
+        (65536, 96), (65536, 256), (16384, 512), (2048, 768), (32768, 768), (16384, 1024), (20000, 1536), (20000, 2048),
+        (512, 4096),
+    ):  # fmt: skip
+        for dtype in ("float32", "float16", "bfloat16"):
             call, b = prepare("forward", Case("layer", shape, dtype=dtype))
             view = trailing_view(b.x.shape, b.x.strides, b.x.itemsize, 1)
             assert view is not None

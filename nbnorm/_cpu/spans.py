@@ -26,10 +26,11 @@ SHORT_PAIR = 128  # of x and dy
 ROW = 1 << 14
 PAST_ROW = 256
 PAST = 2048
-# Columns up to which forward asks for the next rows before it normalizes these, where the last-level cache is remote:
-# 0.82 to 1.04 of the time there, 0.92 to 1.13 with rows of 2048, 1.06 to 1.13 with rows of 4096 (Emerald Rapids); where
-# it is near, 0.97 to 1.21 (AMD EPYC with AVX-512; benchmarks/choices.py).
-FETCHED = 1024
+# Columns up to which forward asks for the next rows before it normalizes these: where the last-level cache is remote,
+# 0.82 to 1.04 of the time, 0.92 to 1.13 with rows of 2048 (Emerald Rapids); where it is near and they are taken one by
+# one, 0.8 to 0.95, halves 0.65 to 0.98, with rows of 2048 0.95 to 1.03. There, rows that are taken together take up to
+# 1.45 of the time (Zen 5, benchmarks/choices.py), and so did backward, up to 1.3.
+FETCHED = 1536
 # Samples of a band at most: their terms of the parameters' gradients are summed in the array's own type, in chains of
 # 16 additions of four terms each, before float64 takes over. Fewer where there would be less than MIN_BANDS bands, but
 # not so few that a band has less than BAND_SIZE elements, or that the sums of all bands are large beside x.
@@ -71,7 +72,7 @@ def geometry(
     step = rows_together(rows, inner, size)
     together = ROWS if inner <= SHORT_PAIR else FOUR
     chunks = -(-inner // CHUNK)
-    ahead = step if inner <= FETCHED and remote() else 0
+    ahead = step if inner <= FETCHED and (step == 1 or remote()) else 0
     streamed = worthwhile(size, inner, halves)
     return np.array(
         Cut(rows, inner, period, band, -(-samples // band), chunks, step, together, streamed, ahead)
