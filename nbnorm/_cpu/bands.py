@@ -85,6 +85,20 @@ def normalize_chunk(g, x, y, r, chunk, mean, rstd, weight, bias):
 
 
 @inlined
+def normalize_short(g, x, y, r, mean, rstd, weight, bias):
+    """Normalize a row of those that are taken together: it is never streamed, and notices the walk over blocks."""
+    n = unpack(g).inner
+    first, p = r * n, within(r, unpack(g).period) * n
+    apply_line(
+        row(x, first, n),
+        row(y, first, n),
+        *affine(mean, rstd, 1.0, 0.0, x),
+        part(weight, p, n),
+        part(bias, p, n),
+    )
+
+
+@inlined
 def fetch_rows(g, x, first, last):
     """Ask for some rows, as far as there are such, that are needed soon."""
     n = unpack(g).inner
@@ -112,8 +126,11 @@ def forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd):
         reciprocal_stds(row(m2, first, n), np.float64(cut.inner), eps, row(rstd, first, n))
         fetch_rows(g, x, last, last + cut.ahead)
         for r in range(first, last):
-            for chunk in range(cut.chunks):
-                normalize_chunk(g, x, y, r, chunk, value_of(mean, r), rstd[r], weight, bias)
+            if cut.step > 1:
+                normalize_short(g, x, y, r, value_of(mean, r), rstd[r], weight, bias)
+            else:
+                for chunk in range(cut.chunks):
+                    normalize_chunk(g, x, y, r, chunk, value_of(mean, r), rstd[r], weight, bias)
     finish(cut.streamed)
 
 
