@@ -388,11 +388,15 @@ def overlap(a: np.ndarray, b: np.ndarray) -> bool:
 
 def distinct(*arrays: Any) -> bool:
     """Whether arrays surely share no memory with each other, seen at a glance: `apart` for all pairs."""
-    given = [array for array in arrays if array is not None]
-    for array in given:
-        if type(array) is not np.ndarray or array.base is not None:
-            return False
-    return len(set(map(id, given))) == len(given)
+    seen: set[int] = set()
+    given = 0
+    for array in arrays:
+        if array is not None:
+            if type(array) is not np.ndarray or array.base is not None:
+                return False
+            seen.add(id(array))
+            given += 1
+    return len(seen) == given
 
 
 def keys(name: str, mapping: Mapping[str, Any], expected: Collection[str]) -> None:

@@ -59,12 +59,15 @@ def moments(
     return mean, m2
 
 
-def _options(view: View, epilogue: Epilogue, mask: Mask | None) -> tuple[Any, ...]:
-    """Return epilogue and mask as kernels take them; rows know weight and bias alone."""
-    weight, bias = line(epilogue.weight), line(epilogue.bias)
+def _options(view: View, epilogue: Epilogue, mask: Mask | None, gradient: bool = False) -> tuple[Any, ...]:
+    """Return epilogue and mask as kernels take them; rows know weight and bias alone.
+
+    No gradient depends on the bias but through an activation; without one, kernels for gradients need not know it.
+    """
+    weight, bias, residual, activation = epilogue
+    weight, bias = line(weight), None if gradient and activation is None else line(bias)
     if view.traversal == "rows":
         return weight, bias
-    _, _, residual, activation = epilogue
     return weight, bias, optional(residual), activation, None if mask is None else mask.weights
 
 
@@ -125,18 +128,18 @@ def grad_sums(
     return _by_parameter(view, sums)
 
 
-def _no_sums(view: View) -> Sums:
-    """Return zeros for every run of every slot."""
-    return np.zeros((view.slots, view.width)), np.zeros((view.slots, view.width))
+def _no_sums(view: View) -> Array:
+    """Return zeros for both sums of every run of every slot."""
+    return np.zeros((2, view.slots, view.width))
 
 
-def _by_parameter(view: View, sums: Sums) -> Sums:
+def _by_parameter(view: View, sums: Array) -> Sums:
     """Add the sums of slots that share parameters."""
     parameters = view.period * view.width
-    dz, dz_x_hat = sums
-    if dz.size == parameters:
-        return dz.reshape(-1), dz_x_hat.reshape(-1)
-    return np.add.reduce(dz.reshape(-1, parameters)), np.add.reduce(dz_x_hat.reshape(-1, parameters))
+    if sums.size != 2 * parameters:
+        sums = np.add.reduce(sums.reshape(2, -1, parameters), axis=1)
+    sums = sums.reshape(2, parameters)
+    return sums[0], sums[1]
 
 
 def input_grad(
@@ -161,11 +164,11 @@ def _gradients(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, ma
     threads = threads_for(view.size)
     walk, g, team = _gradient_start(view, threads, x, dx, mask)
     arrays = (flat(x), flat(dy), optional(dx), optional(dresidual), mean, rstd)
-    options = _options(view, epilogue, mask)
+    options = _options(view, epilogue, mask, gradient=True)
     if team and dx is not None and constant is None:
-        walk.backward_kernel(team, g, *arrays, *options, *sums, *_counts(count))
+        walk.backward_kernel(team, g, *arrays, *options, sums, *_counts(count))
     else:
-        walk.gradient_passes_kernel(threads, g, *arrays, *options, *sums, *_counts(count), constant)
+        walk.gradient_passes_kernel(threads, g, *arrays, *options, sums, *_counts(count), constant)
 
 
 def _row_gradients(

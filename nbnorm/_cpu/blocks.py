@@ -167,7 +167,7 @@ def chunk_grad_sums(g, x, dy, residual, activation, weights, index, chunk, terms
 
 
 @helper
-def block_grad_sums(g, index, mean, rstd, terms, lane_sums, sum_dz, sum_dz_x_hat):
+def block_grad_sums(g, index, mean, rstd, terms, lane_sums, slot_sums):
     """Add chunks and folds of a block up, then the lanes of each run."""
     cut, own = unpack(g), locate(g, index)
     top = lane_sums[0]
@@ -193,8 +193,8 @@ def block_grad_sums(g, index, mean, rstd, terms, lane_sums, sum_dz, sum_dz_x_hat
         k = own.slot + i
         for j in range(cut.width):
             at = i * cut.inner + j * cut.run
-            sum_dz[k, j] = dz[at]
-            sum_dz_x_hat[k, j] = recentered(dz_x_hat[at], dz[at], mean[k], terms[0, at], rstd[k])
+            slot_sums[0, k, j] = dz[at]
+            slot_sums[1, k, j] = recentered(dz_x_hat[at], dz[at], mean[k], terms[0, at], rstd[k])
 
 
 @inlined
@@ -207,16 +207,15 @@ def term_rows(terms, first, n):
 
 
 @helper
-def spread_gradient_terms(
-    g, index, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, constant, terms
-):
+def spread_gradient_terms(g, index, mean, rstd, weight, weights, slot_sums, count, counts, constant, terms):
     """Lay the coefficients of `input_gradient` out along the lanes of a block, behind mean and rstd."""
     cut, own = unpack(g), locate(g, index)
     p = within(own.slot, cut.period) * cut.width
     means, rstds, slopes, offsets, gains = term_rows(terms, 0, own.slots * cut.width)
     for i in range(own.slots):
         k, first = own.slot + i, p + i * cut.width
-        sum_g, sum_g_x_hat = weighted(weight, first, sum_dz, k), weighted(weight, first, sum_dz_x_hat, k)
+        sum_g = weighted(weight, first, slot_sums, 0, k)
+        sum_g_x_hat = weighted(weight, first, slot_sums, 1, k)
         mean_hi, scale, _ = affine(mean[k], rstd[k], 1.0, 0.0, terms)
         n = slot_count(count, counts, k, cut.period)
         slope, offset, factor = gradient_terms(

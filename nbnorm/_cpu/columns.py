@@ -78,7 +78,7 @@ def passes_kernel(g, x, y, weight, bias, residual, activation, weights, eps, mea
 
 @Twins
 def gradient_passes_kernel(
-    g, x, dy, dx, dresidual, mean, rstd, weight, bias, residual, activation, weights, sum_dz, sum_dz_x_hat,
+    g, x, dy, dx, dresidual, mean, rstd, weight, bias, residual, activation, weights, slot_sums,
     count, counts, constant,
 ):  # fmt: skip
     """One chunk of a block per task, pass after pass: x and dy are read for their sums and for dx, if it is wanted.
@@ -103,11 +103,9 @@ def gradient_passes_kernel(
     for index in prange(blocks):
         own = terms[index]
         if constant is None:
-            block_grad_sums(g, index, mean, rstd, own, lane_sums[index], sum_dz, sum_dz_x_hat)
+            block_grad_sums(g, index, mean, rstd, own, lane_sums[index], slot_sums)
         if dx is not None:
-            spread_gradient_terms(
-                g, index, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, fixed, own
-            )
+            spread_gradient_terms(g, index, mean, rstd, weight, weights, slot_sums, count, counts, fixed, own)
     if dx is not None:
         for task in prange(blocks * chunks):
             index, chunk = task // chunks, task % chunks
@@ -118,7 +116,7 @@ def gradient_passes_kernel(
 
 @Twins
 def backward_kernel(
-    g, x, dy, dx, dresidual, mean, rstd, weight, bias, residual, activation, weights, sum_dz, sum_dz_x_hat,
+    g, x, dy, dx, dresidual, mean, rstd, weight, bias, residual, activation, weights, slot_sums,
     count, counts,
 ):  # fmt: skip
     """One block per task: its sums, then its dx from cache."""
@@ -130,10 +128,8 @@ def backward_kernel(
         spread_activation(g, index, mean, rstd, weight, bias, activation, terms)
         for chunk in range(chunks):
             chunk_grad_sums(g, x, dy, residual, activation, weights, index, chunk, terms, lane_sums)
-        block_grad_sums(g, index, mean, rstd, terms, lane_sums, sum_dz, sum_dz_x_hat)
-        spread_gradient_terms(
-            g, index, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, False, terms
-        )
+        block_grad_sums(g, index, mean, rstd, terms, lane_sums, slot_sums)
+        spread_gradient_terms(g, index, mean, rstd, weight, weights, slot_sums, count, counts, False, terms)
         for chunk in range(chunks):
             input_grad_chunk(
                 g, x, dy, dx, dresidual, residual, activation, weights, index, chunk, terms, False

@@ -80,7 +80,7 @@ def passes_kernel(g, x, y, weight, bias, residual, activation, weights, eps, mea
 
 @Twins
 def gradient_passes_kernel(
-    g, x, dy, dx, dresidual, mean, rstd, weight, bias, residual, activation, weights, sum_dz, sum_dz_x_hat,
+    g, x, dy, dx, dresidual, mean, rstd, weight, bias, residual, activation, weights, slot_sums,
     count, counts, constant,
 ):  # fmt: skip
     """One chunk of some slots per task, pass after pass: x and dy are read for their sums and for dx, if it is wanted.
@@ -103,10 +103,10 @@ def gradient_passes_kernel(
         slot = task * together
         slots = min(together, group - slot)
         if constant is None:
-            add_chunks(g, slot, slots, sums, sum_dz, sum_dz_x_hat)
+            add_chunks(g, slot, slots, sums, slot_sums)
         if dx is not None:
             fill_terms(
-                g, x, slot, slots, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, fixed,
+                g, x, slot, slots, mean, rstd, weight, weights, slot_sums, count, counts, fixed,
                 terms,
             )  # fmt: skip
     if dx is not None:
@@ -120,7 +120,7 @@ def gradient_passes_kernel(
 
 @Twins
 def backward_kernel(
-    g, x, dy, dx, dresidual, mean, rstd, weight, bias, residual, activation, weights, sum_dz, sum_dz_x_hat,
+    g, x, dy, dx, dresidual, mean, rstd, weight, bias, residual, activation, weights, slot_sums,
     count, counts,
 ):  # fmt: skip
     """Some slots per task: their sums, then their dx from cache."""
@@ -135,10 +135,8 @@ def backward_kernel(
             chunk_grad_sums(
                 g, x, dy, first, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums
             )
-        add_chunks(g, first, slots, sums, sum_dz, sum_dz_x_hat)
-        fill_terms(
-            g, x, first, slots, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, False, terms
-        )
+        add_chunks(g, first, slots, sums, slot_sums)
+        fill_terms(g, x, first, slots, mean, rstd, weight, weights, slot_sums, count, counts, False, terms)
         for chunk in range(chunks):
             input_grad_chunk(
                 g, x, dy, dx, dresidual, first, slots, chunk, mean, rstd, weight, bias, residual, activation,

@@ -218,7 +218,7 @@ def chunk_grad_sums(
 
 
 @helper
-def add_chunks(g, slot, slots, sums, sum_dz, sum_dz_x_hat):
+def add_chunks(g, slot, slots, sums, slot_sums):
     """Add up the chunks of some slots, in order, with what rounding leaves out."""
     chunks = unpack(g).chunks
     for k in range(slot, slot + slots):
@@ -228,18 +228,17 @@ def add_chunks(g, slot, slots, sums, sum_dz, sum_dz_x_hat):
             for i in range(first + 1, first + chunks):
                 a, a_rest = add(a, a_rest, sums[i, 0, j])
                 b, b_rest = add(b, b_rest, sums[i, 2, j])
-            sum_dz[k, j], sum_dz_x_hat[k, j] = settled(a, a_rest), settled(b, b_rest)
+            slot_sums[0, k, j], slot_sums[1, k, j] = settled(a, a_rest), settled(b, b_rest)
 
 
 @helper
-def fill_terms(
-    g, x, slot, slots, mean, rstd, weight, weights, sum_dz, sum_dz_x_hat, count, counts, constant, terms
-):
+def fill_terms(g, x, slot, slots, mean, rstd, weight, weights, slot_sums, count, counts, constant, terms):
     """Write what dx of some slots is computed from: mean, rstd, slope, offset and the factor of the gain."""
     cut = unpack(g)
     for k in range(slot, slot + slots):
         first = within(k, cut.period) * cut.width
-        sum_g, sum_g_x_hat = weighted(weight, first, sum_dz, k), weighted(weight, first, sum_dz_x_hat, k)
+        sum_g = weighted(weight, first, slot_sums, 0, k)
+        sum_g_x_hat = weighted(weight, first, slot_sums, 1, k)
         n = slot_count(count, counts, k, cut.period)
         terms[k, 0], terms[k, 1], _ = affine(mean[k], rstd[k], 1.0, 0.0, x)
         terms[k, 2], terms[k, 3], terms[k, 4] = gradient_terms(

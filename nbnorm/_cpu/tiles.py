@@ -382,9 +382,9 @@ def settle_rows(total, rest):
 
 
 @helper
-def weighted(weight, first, sums, slot):
-    """Total of the sums of a slot's runs, each times its weight, which starts at ``first``."""
+def weighted(weight, first, slot_sums, which, slot):
+    """Total of one of the sums of a slot's runs, each times its weight, which starts at ``first``."""
     total = 0.0
-    for j in range(sums.shape[1]):
-        total += parameter(weight, first + j, 1.0) * sums[slot, j]
+    for j in range(slot_sums.shape[2]):
+        total += parameter(weight, first + j, 1.0) * slot_sums[which, slot, j]
     return total
