@@ -13,6 +13,7 @@ CASES = {
     "batch, rows": Case("batch", (100352, 64)),
     "layer": Case("layer", (8192, 1024)),
     "layer, past the caches": Case("layer", (32768, 1024)),
+    "layer, short rows": Case("layer", (65536, 96)),
     "rms": Case("rms", (8192, 1024)),
     "group": STAGE._replace(norm="group", num_groups=8),
     "instance": STAGE._replace(norm="instance"),

@@ -6,7 +6,8 @@ import pytest
 
 import nbnorm
 from nbnorm import _cpu
-from nbnorm._cpu import streams
+from nbnorm._cpu import spans, streams
+from nbnorm._view import trailing_view
 
 ROWS, PLANES = (7, 1555), (5, 3, 29, 31)
 FEATURES, FOLDED = (23, 615), (333, 19)
@@ -129,6 +130,20 @@ def test_what_is_streamed_follows_from_size_and_neighbours():
         assert streams.worthwhile(size + 1, shortest, halves)
         assert not streams.worthwhile(size, shortest, halves)
         assert not streams.worthwhile(size + 1, shortest - 1, halves)
+
+
+@pytest.mark.parametrize("told", [streams.MOST, 8 * streams.MOST])
+def test_rows_that_are_taken_together_are_never_streamed(told, monkeypatch):
+    """Forward writes them without the walk over blocks."""
+    monkeypatch.setattr(streams, "told", lambda: told)
+    cuts = [
+        spans.Cut(*spans.geometry(trailing_view((64, n), (n * 4, 4), 4, 1), 2, False, size, halves))
+        for n in (1, 256, 257, 768, 2048, 4096, 4097)
+        for size in (1 << 10, streams.MOST // 2, streams.MOST + 1, 1 << 40)
+        for halves in (False, True)
+    ]
+    assert {cut.streamed for cut in cuts if cut.step == 1} == {False, True}
+    assert {cut.streamed for cut in cuts if cut.step > 1} == {False}
 
 
 @pytest.mark.parametrize("told", [streams.MOST, 8 * streams.MOST])
