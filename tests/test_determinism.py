@@ -146,18 +146,19 @@ def test_view_with_gaps_and_its_dense_copy(shape, axis, layout, rng):
 
 
 @pytest.mark.parametrize("case", TRAVERSALS, ids=lambda case: case.reason)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_one_call_and_two_phases(case, dtype, rng):
-    """The one-call form is the two-phase form."""
+@pytest.mark.parametrize(("dtype", "masked"), [("float32", False), ("float32", True), ("float64", False)])
+def test_one_call_and_two_phases(case, dtype, masked, rng):
+    """The one-call form is the two-phase form, with weights whose sum is not exact in the type of x, too."""
     x, dy = case.x(rng, dtype), case.dy(rng, dtype)
     weight, bias = case.parameters(rng, dtype)
+    mask = rng.random(np.delete(x.shape, 1)) if masked else None
     running = [case.running(rng)] * 2
     running = [[array.copy() for array in pair] for pair in running]
-    y, saved = nbnorm.batch_norm_forward(x, weight, bias, *running[0], momentum=0.3, ddof=0)
+    y, saved = nbnorm.batch_norm_forward(x, weight, bias, *running[0], momentum=0.3, ddof=0, mask=mask)
     once = [y, *nbnorm.batch_norm_backward(dy, saved), saved.mean, saved.rstd, *running[0]]
 
-    moments = nbnorm.batch_moments(x)
-    y, saved = nbnorm.batch_norm_apply(x, moments, weight, bias)
+    moments = nbnorm.batch_moments(x, mask=mask)
+    y, saved = nbnorm.batch_norm_apply(x, moments, weight, bias, mask=mask)
     sums = nbnorm.batch_norm_grad_sums(dy, saved)
     nbnorm.update_running_stats(*running[1], moments, momentum=0.3, ddof=0)
     dx = nbnorm.batch_norm_input_grad(dy, saved, sums)

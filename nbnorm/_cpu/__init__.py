@@ -68,7 +68,9 @@ def _options(view: View, epilogue: Epilogue, mask: Mask | None, gradient: bool =
     weight, bias = line(weight), None if gradient and activation is None else line(bias)
     if view.traversal == "rows":
         return weight, bias
-    return weight, bias, optional(residual), activation, None if mask is None else mask.weights
+    weights, counts = (None, None) if mask is None else mask
+    options = weight, bias, optional(residual), activation, weights
+    return options if gradient else (*options, counts)
 
 
 def rstd(m2: Array, count: float | Array, eps: float) -> Array:

@@ -83,10 +83,10 @@ def block_moments(g, x, weights, index, pool, moments, mean, m2):
 
 
 @helper
-def block_rstd(g, weights, index, m2, eps, rstd):
+def block_rstd(g, counts, index, m2, eps, rstd):
     """Reciprocal standard deviations of a block's slots."""
     cut, own = unpack(g), locate(g, index)
-    n = total_weight(rows_weights(weights, own.batch, 0, cut.outer), 0, cut.outer) * cut.inner
+    n = slot_count(np.float64(cut.outer * cut.inner), counts, own.slot, cut.period)
     reciprocal_stds(row(m2, own.slot, own.slots), n, eps, row(rstd, own.slot, own.slots))
 
 

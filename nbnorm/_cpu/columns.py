@@ -35,7 +35,7 @@ __all__ = [
 
 
 @Twins
-def forward_kernel(g, x, y, weight, bias, residual, activation, weights, eps, mean, m2, rstd):
+def forward_kernel(g, x, y, weight, bias, residual, activation, weights, counts, eps, mean, m2, rstd):
     """One block per task: its moments, then its normalization from cache."""
     cut = unpack(g)
     chunks, block = cut.chunks, cut.block
@@ -44,14 +44,14 @@ def forward_kernel(g, x, y, weight, bias, residual, activation, weights, eps, me
         for chunk in range(chunks):
             chunk_moments(g, x, weights, index, chunk, pool, moments)
         block_moments(g, x, weights, index, pool, moments, mean, m2)
-        block_rstd(g, weights, index, m2, eps, rstd)
+        block_rstd(g, counts, index, m2, eps, rstd)
         spread_affine(g, index, mean, rstd, weight, bias, terms, 0)
         for chunk in range(chunks):
             apply_chunk(g, x, y, residual, activation, index, chunk, terms)
 
 
 @Twins
-def passes_kernel(g, x, y, weight, bias, residual, activation, weights, eps, mean, m2, rstd):
+def passes_kernel(g, x, y, weight, bias, residual, activation, weights, counts, eps, mean, m2, rstd):
     """One chunk of a block per task, pass after pass: x is read for moments, if there is an m2, and for y.
 
     Without eps there is no rstd of these moments; without moments, mean and rstd are given.
@@ -68,7 +68,7 @@ def passes_kernel(g, x, y, weight, bias, residual, activation, weights, eps, mea
         if m2 is not None:
             block_moments(g, x, weights, index, wide((4, block)), moments[index], mean, m2)
             if eps is not None:
-                block_rstd(g, weights, index, m2, eps, rstd)
+                block_rstd(g, counts, index, m2, eps, rstd)
         if y is not None:
             spread_affine(g, index, mean, rstd, weight, bias, terms[index], 0)
     if y is not None:

@@ -44,7 +44,7 @@ __all__ = [
 
 
 @Twins
-def forward_kernel(g, x, y, weight, bias, residual, activation, weights, eps, mean, m2, rstd):
+def forward_kernel(g, x, y, weight, bias, residual, activation, weights, counts, eps, mean, m2, rstd):
     """Some slots per task: their moments, then their normalization from cache."""
     cut = unpack(g)
     group, chunks, together = cut.group, cut.chunks, cut.slots
@@ -54,13 +54,13 @@ def forward_kernel(g, x, y, weight, bias, residual, activation, weights, eps, me
         slots = min(together, group - first)
         for chunk in range(chunks):
             chunk_moments(g, x, weights, first, slots, chunk, moments)
-        merge_chunks(g, weights, first, slots, moments, eps, mean, m2, rstd)
+        merge_chunks(g, counts, first, slots, moments, eps, mean, m2, rstd)
         for chunk in range(chunks):
             apply_chunk(g, x, y, first, slots, chunk, mean, rstd, weight, bias, residual, activation)
 
 
 @Twins
-def passes_kernel(g, x, y, weight, bias, residual, activation, weights, eps, mean, m2, rstd):
+def passes_kernel(g, x, y, weight, bias, residual, activation, weights, counts, eps, mean, m2, rstd):
     """One chunk of some slots per task, pass after pass: x is read for moments, if there is an m2, and for y.
 
     Without eps there is no rstd of these moments; without moments, mean and rstd are given.
@@ -71,7 +71,7 @@ def passes_kernel(g, x, y, weight, bias, residual, activation, weights, eps, mea
         for task in prange(tasks(g)):
             slot, slots, chunk = neighbours(g, task)
             chunk_moments(g, x, weights, slot, slots, chunk, moments)
-        merge_chunks(g, weights, 0, cut.group, moments, eps, mean, m2, rstd)
+        merge_chunks(g, counts, 0, cut.group, moments, eps, mean, m2, rstd)
     if y is not None:
         for task in prange(tasks(g)):
             slot, slots, chunk = neighbours(g, task)

@@ -92,7 +92,7 @@ def counted_chunk_moments(cut, x, weights, slot, r0, rows, c0, cols):
 
 
 @helper
-def merge_chunks(g, weights, slot, slots, moments, eps, mean, m2, rstd):
+def merge_chunks(g, counts, slot, slots, moments, eps, mean, m2, rstd):
     """Mean and m2 of some slots, their chunks merged in order, and rstd unless there is no eps."""
     cut = unpack(g)
     for k in range(slot, slot + slots):
@@ -103,9 +103,9 @@ def merge_chunks(g, weights, slot, slots, moments, eps, mean, m2, rstd):
                 n, own_mean, own_m2, rest, moments[i, 0], moments[i, 1], moments[i, 2]
             )
         mean[k], m2[k] = own_mean, settled(own_m2, rest)
-        if eps is not None and weights is not None:
-            rstd[k] = reciprocal_std(m2[k], n, eps)
-    if eps is not None and weights is None:
+        if eps is not None and counts is not None:
+            rstd[k] = reciprocal_std(m2[k], counts[k // cut.period], eps)
+    if eps is not None and counts is None:
         values = np.float64(cut.outer * cut.inner)
         reciprocal_stds(row(m2, slot, slots), values, eps, row(rstd, slot, slots))
 
