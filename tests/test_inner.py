@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numba import njit, prange
 
-from nbnorm._cpu.launch import called, helper, inlined, kernel, loop, reduction
+from nbnorm._cpu.launch import called, helper, inlined, kernel, loop, reduction, short_reduction
 from nbnorm._cpu.memory import row
 from nbnorm._inner import InnerCode, LoopCode, Outer, Wide
 from processes import run
@@ -173,3 +173,21 @@ def test_who_promises_that_rounds_are_independent(kind, promised):
     (library,) = libraries(combining)
     assert ("memcheck" in library.get_llvm_str()) is not promised
     np.testing.assert_array_equal(a, expected)
+
+
+def total_of(x):
+    """Sum a row."""
+    total = 0.0
+    for i in range(x.shape[0]):
+        total += x[i]
+    return total
+
+
+def test_sums_over_few_elements_take_two_vectors_at_a_time():
+    """Of which LLVM takes four otherwise, where it has AVX."""
+    total = short_reduction(total_of)
+    summing = njit(pipeline_class=Wide)(lambda x: total(row(x, 0, x.shape[0])))
+    assert summing(np.ones(100)) == 100.0
+    (library,) = libraries(summing)
+    main = re.search(r"\nvector\.body[^\n]*:.*?\n\n", library.get_llvm_str(), re.DOTALL)
+    assert len(re.findall(r"phi <\d+ x double>", main[0])) == 2
