@@ -148,7 +148,7 @@ def chunks() -> None:
     long = grid.Cut(*columns.geometry(view, 2).tolist())
     mean, m2 = np.empty((2, 64))
     calls = {
-        n: partial(columns.passes_kernel, 2, in_chunks(long, n), x.reshape(-1), *[None] * 7, mean, m2, None)
+        n: partial(columns.passes_kernel, 2, in_chunks(long, n), x.reshape(-1), *[None] * 8, mean, m2, None)
         for n in (16, 8, 32, 64, 128)
     }
     show(f"chunks for the moments of {x.shape}", calls)

@@ -31,7 +31,9 @@ def steps() -> dict[str, dict[str, Callable[[], object]]]:
     g, sums = columns.geometry(view, 1), np.zeros((2, view.slots, view.width))
     lines = x.reshape(-1), dy.reshape(-1), y.reshape(-1), dx.reshape(-1)
     names, likes, outs = ("dx", "dweight", "dbias"), (x, weight, bias), (dx, dweight, dbias)
-    options = (weight, bias, None, None, None)
+    options, for_gradients = (
+        _cpu._options(view, call.epilogue, None, gradient) for gradient in (False, True)
+    )
     return {
         "forward": {
             "call": lambda: nbnorm.batch_norm_forward(x, weight, bias, out=y),
@@ -52,7 +54,7 @@ def steps() -> dict[str, dict[str, Callable[[], object]]]:
             "checks of buffers": lambda: _gradients._buffers(outs, names, likes, [True] * 3, saved),
             "backend": lambda: _cpu.backward(view, x, dy, dx, None, mean, rstd, call.epilogue, count),
             "of it the kernel": lambda: columns.backward_kernel(
-                1, g, lines[0], lines[1], lines[3], None, mean, rstd, *options, *sums, float(count), None
+                1, g, lines[0], lines[1], lines[3], None, mean, rstd, *for_gradients, sums, float(count), None
             ),
             "parameters' gradients": lambda: [_gradients._cast(mean, weight, dweight) for _ in range(2)],
         },

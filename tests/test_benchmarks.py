@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 
 import nbnorm
-from benchmarks import bench_halves, bench_sizes, bench_start, bench_training, common, peers, report
+from benchmarks import (
+    bench_halves,
+    bench_sizes,
+    bench_start,
+    bench_training,
+    common,
+    peers,
+    report,
+    small_call,
+)
 from nbnorm import _bench
 
 FOLDER = Path(common.__file__).parent
@@ -175,3 +184,10 @@ def test_peers_and_their_report(capsys, monkeypatch, tmp_path):
         assert all(label in text for label in labels)
     for name in ("times", "copies"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_steps_of_a_small_call():
+    """They call kernels themselves."""
+    for parts in small_call.steps().values():
+        for step in parts.values():
+            step()
