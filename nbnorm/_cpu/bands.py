@@ -16,7 +16,7 @@ from nbnorm._cpu.lines import (
 from nbnorm._cpu.memory import LINE, borrowed, fetch, part, row
 from nbnorm._cpu.scratch import scratch, wide
 from nbnorm._cpu.short_slots import short_moments
-from nbnorm._cpu.spans import ROWS, samples_of, span, unpack
+from nbnorm._cpu.spans import ROWS, samples_of, short_rows, span, unpack
 from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
 from nbnorm._cpu.tiles import (
     FOUR,
@@ -27,7 +27,6 @@ from nbnorm._cpu.tiles import (
     reciprocal_stds,
     settle_rows,
     short_grad_sums,
-    within,
 )
 from nbnorm._math import affine, gradient_terms, merge, recentered
 
@@ -87,15 +86,9 @@ def normalize_chunk(g, x, y, r, chunk, mean, rstd, weight, bias):
 @inlined
 def normalize_short(g, x, y, r, mean, rstd, weight, bias):
     """Normalize a row of those that are taken together: it is never streamed, and notices the walk over blocks."""
-    n = unpack(g).inner
-    first, p = r * n, within(r, unpack(g).period) * n
-    apply_line(
-        row(x, first, n),
-        row(y, first, n),
-        *affine(mean, rstd, 1.0, 0.0, x),
-        part(weight, p, n),
-        part(bias, p, n),
-    )
+    first, n, p = span(g, r, 0)
+    own = affine(mean, rstd, 1.0, 0.0, x)
+    apply_line(row(x, first, n), row(y, first, n), *own, part(weight, p, n), part(bias, p, n))
 
 
 @inlined
@@ -153,16 +146,15 @@ def chunk_grad_sums(g, x, dy, r, chunk, mean, rstd, weight):
 @inlined
 def short_row_grad_sums(g, x, dy, r, mean, rstd, weight):
     """The same over a short row, without the loops over its chunks and their pieces, which such rows notice."""
+    first, n, p = span(g, r, 0)
     mean_hi, scale, _ = affine(mean, rstd, 1.0, 0.0, x)
-    n = unpack(g).inner
-    first, p = r * n, within(r, unpack(g).period) * n
     return short_grad_sums(row(x, first, n), row(dy, first, n), part(weight, p, n), mean_hi, scale)
 
 
 @inlined
 def row_grad_sums(g, x, dy, r, mean, rstd, weight):
     """Sums of g and of g * x_hat over a row."""
-    if unpack(g).together == ROWS:
+    if short_rows(g):
         return short_row_grad_sums(g, x, dy, r, mean, rstd, weight)
     a = b = 0.0
     for chunk in range(unpack(g).chunks):

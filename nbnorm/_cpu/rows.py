@@ -27,7 +27,7 @@ from nbnorm._cpu.lanes import fill
 from nbnorm._cpu.launch import Twins
 from nbnorm._cpu.memory import row
 from nbnorm._cpu.scratch import wide
-from nbnorm._cpu.spans import ROWS, band_count, fused, geometry, span, unpack
+from nbnorm._cpu.spans import band_count, fused, geometry, short_rows, span, unpack
 from nbnorm._cpu.tiles import line_moments
 from nbnorm._math import merge, reciprocal_std
 
@@ -93,7 +93,7 @@ def gradient_passes_kernel(g, x, dy, dx, mean, rstd, weight, sums, total, rest):
             r = task // chunks
             own = part_sums[task]
             r_mean, r_rstd = value_of(mean, r), rstd[r]
-            if unpack(g).together == ROWS:
+            if short_rows(g):
                 own[0], own[1] = short_row_grad_sums(g, x, dy, r, r_mean, r_rstd, weight)
             else:
                 own[0], own[1] = chunk_grad_sums(g, x, dy, r, task % chunks, r_mean, r_rstd, weight)

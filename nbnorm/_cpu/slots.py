@@ -95,6 +95,7 @@ def counted_chunk_moments(cut, x, weights, slot, r0, rows, c0, cols):
 def merge_chunks(g, counts, slot, slots, moments, eps, mean, m2, rstd):
     """Mean and m2 of some slots, their chunks merged in order, and rstd unless there is no eps."""
     cut = unpack(g)
+    values = np.float64(cut.outer * cut.inner)
     for k in range(slot, slot + slots):
         first = k * cut.chunks
         n, own_mean, own_m2, rest = moments[first, 0], moments[first, 1], moments[first, 2], 0.0
@@ -104,9 +105,8 @@ def merge_chunks(g, counts, slot, slots, moments, eps, mean, m2, rstd):
             )
         mean[k], m2[k] = own_mean, settled(own_m2, rest)
         if eps is not None and counts is not None:
-            rstd[k] = reciprocal_std(m2[k], counts[k // cut.period], eps)
+            rstd[k] = reciprocal_std(m2[k], slot_count(values, counts, k, cut.period), eps)
     if eps is not None and counts is None:
-        values = np.float64(cut.outer * cut.inner)
         reciprocal_stds(row(m2, slot, slots), values, eps, row(rstd, slot, slots))
 
 

@@ -29,7 +29,7 @@ PAST = 2048
 # Columns up to which forward asks for the next rows before it normalizes these: where the last-level cache is remote,
 # 0.82 to 1.04 of the time, 0.92 to 1.13 with rows of 2048 (Emerald Rapids); where it is near and they are taken one by
 # one, 0.8 to 0.95, halves 0.65 to 0.98, with rows of 2048 0.95 to 1.03. There, rows that are taken together take up to
-# 1.45 of the time (Zen 5, benchmarks/choices.py), and so did backward, up to 1.3.
+# 1.45 of the time (Zen 5, benchmarks/choices.py, rows in advance); in trials backward lost by it, too.
 FETCHED = 1536
 # Samples of a band at most: their terms of the parameters' gradients are summed in the array's own type, in chains of
 # 16 additions of four terms each, before float64 takes over. Fewer where there would be less than MIN_BANDS bands, but
@@ -101,6 +101,12 @@ def fused(view: View, threads: int, masked: bool = False) -> int:
 def unpack(g):
     """Name the integers of a geometry."""
     return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9])
+
+
+@inlined
+def short_rows(g):
+    """Whether rows are so short that backward sums each at once: whole, and with sums of their own."""
+    return unpack(g).together == ROWS
 
 
 @inlined
