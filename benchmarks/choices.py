@@ -163,6 +163,29 @@ def chunks() -> None:
             show(f"chunks, {name} {shape}, chosen {chosen.chunks}", ways)
 
 
+def blocks() -> None:
+    """Batch norm of wide arrays in narrower and wider blocks of lanes, which threads share chunk by chunk or whole."""
+    for shape in ((256, 512), (256, 2048), (512, 2048), (768, 2048), (1024, 2048), (512, 4096), (1024, 4096)):
+        for name in ("forward", "backward"):
+            call, b = prepare(name, Case("batch", shape))
+            view = batch_view(b.x.shape, b.x.strides, b.x.itemsize, 1)
+            assert view is not None
+            chosen = grid.Cut(*columns.geometry(view, 2, False, moved(name, b)).tolist())
+            widths = sorted({256, 512, 1024, 2048}, key=lambda n: n != chosen.block)
+            ways = {
+                f"{n} lanes {how}": started(partial(in_blocks, chosen, n, team), call)
+                for n, (how, team) in product(widths, (("in chunks", 0), ("whole", 2)))
+                if n <= shape[1]
+            }
+            show(f"blocks, {name} {shape}, chosen {chosen.block} lanes in chunks", ways)
+
+
+def in_blocks(whole: grid.Cut, lanes: int, team: int, *_: Any) -> _cpu.Start:
+    """Return a walk over blocks of so many lanes."""
+    g = np.array(whole._replace(block=lanes, blocks=-(-whole.lanes // lanes)))
+    return _cpu.Start(columns, g, team)
+
+
 def in_chunks(whole: grid.Cut, wanted: int) -> np.ndarray:
     """Return a way to cut columns into so many chunks."""
     chunk = -(-whole.rows // wanted)
@@ -278,6 +301,7 @@ def streamed() -> None:
 if __name__ == "__main__":
     segments()
     chunks()
+    blocks()
     folded()
     widths()
     together()

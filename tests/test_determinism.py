@@ -187,6 +187,26 @@ def test_chunks_of_columns_are_equal_shares(rows):
     assert found.chunk * found.block < 1.5 * CHUNK or found.chunk < 2 * grid.CHUNK_ROWS
 
 
+@numba.njit
+def places(g, tasks):
+    """Block and chunk of each task."""
+    return [grid.place(g, task) for task in range(tasks)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "lanes", "team"), [(512, 4096, 0), (256, 512, 0), (2000, 5000, 0), (100, 4096, 2)]
+)
+def test_threads_share_rows_of_wide_arrays(rows, lanes, team):
+    """Threads share blocks of the same rows only where rows are few; else chunks of rows, one after the other."""
+    view = batch_view((rows, lanes), (4 * lanes, 4), 4, 1)
+    g = grid.geometry(view, 2)
+    found = grid.Cut(*g.tolist())
+    assert grid.fused(view, 2) == team
+    assert places(g, found.blocks * found.chunks) == [
+        (block, chunk) for chunk in range(found.chunks) for block in range(found.blocks)
+    ]
+
+
 def wild(x):
     """Spoil some slots, a row of x each, so that a pass of shifted sums does not do for them."""
     x[3, ::2] += 1e6

@@ -20,7 +20,7 @@ from nbnorm._cpu.blocks import (
     spread_affine,
     spread_gradient_terms,
 )
-from nbnorm._cpu.grid import fused, geometry, unpack
+from nbnorm._cpu.grid import fused, geometry, place, unpack
 from nbnorm._cpu.launch import Twins
 from nbnorm._cpu.scratch import scratch, wide
 
@@ -62,8 +62,8 @@ def passes_kernel(g, x, y, weight, bias, residual, activation, weights, counts, 
     moments, terms = wide((blocks, chunks, 2, block)), scratch((blocks, 3, block), x)
     if m2 is not None:
         for task in prange(blocks * chunks):
-            index, pool = task // chunks, wide((4, block))
-            chunk_moments(g, x, weights, index, task % chunks, pool, moments[index])
+            (index, chunk), pool = place(g, task), wide((4, block))
+            chunk_moments(g, x, weights, index, chunk, pool, moments[index])
     for index in prange(blocks):
         if m2 is not None:
             block_moments(g, x, weights, index, wide((4, block)), moments[index], mean, m2)
@@ -73,7 +73,8 @@ def passes_kernel(g, x, y, weight, bias, residual, activation, weights, counts, 
             spread_affine(g, index, mean, rstd, weight, bias, terms[index], 0)
     if y is not None:
         for task in prange(blocks * chunks):
-            apply_chunk(g, x, y, residual, activation, task // chunks, task % chunks, terms[task // chunks])
+            index, chunk = place(g, task)
+            apply_chunk(g, x, y, residual, activation, index, chunk, terms[index])
 
 
 @Twins
@@ -96,7 +97,7 @@ def gradient_passes_kernel(
         spread_activation(g, index, mean, rstd, weight, bias, activation, terms[index])
     if constant is None:
         for task in prange(blocks * chunks):
-            index, chunk = task // chunks, task % chunks
+            index, chunk = place(g, task)
             chunk_grad_sums(
                 g, x, dy, residual, activation, weights, index, chunk, terms[index], lane_sums[index]
             )
@@ -108,7 +109,7 @@ def gradient_passes_kernel(
             spread_gradient_terms(g, index, mean, rstd, weight, weights, slot_sums, count, counts, fixed, own)
     if dx is not None:
         for task in prange(blocks * chunks):
-            index, chunk = task // chunks, task % chunks
+            index, chunk = place(g, task)
             input_grad_chunk(
                 g, x, dy, dx, dresidual, residual, activation, weights, index, chunk, terms[index], fixed
             )

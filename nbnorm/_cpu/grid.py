@@ -24,9 +24,11 @@ WIDE = 384
 # them: what it saves in the rows of a block, merging its lanes must not cost (benchmarks/choices.py; Emerald Rapids, 32
 # to 2048 rows of 3 to 256 lanes: within a tenth of the best number).
 FOLDING = 2
-# Lanes of a block whose rows all fit the second-level cache together, and of one whose rows do not.
-CACHED_LANES = 256
+# Lanes of a block, and of one of an array of more than CACHED values: gradients of (256 to 768, 2048) take 0.75 to 0.86
+# of the time with 1024 lanes instead of 2048, beyond the caches 1.03 to 1.1 (Zen 5; benchmarks/choices.py).
+CACHED_LANES = 1024
 STREAMED_LANES = 2048
+CACHED = 3 << 19
 # Chunks of a block: about CHUNK values each, a power of two of them, until there are SOME, LONG values each until there
 # are MANY. Of three, five or seven equal chunks, one of two threads has one more to do. Every chunk has moments or sums
 # of its own for each lane, whose merge is one thread's work: moments of (65536, 64) in 64 chunks take 1.3 to 1.4 times
@@ -72,10 +74,10 @@ def geometry(
     lanes, rows = fold * width, view.outer // fold
     if fold > 1:
         block = lanes
-    elif rows * CACHED_LANES <= CHUNK:
-        block = min(CHUNK // rows, 4 * CACHED_LANES)
+    elif rows < 2 * CHUNK_ROWS:
+        block = min(CHUNK // rows, CACHED_LANES)
     else:
-        block = STREAMED_LANES
+        block = CACHED_LANES if view.outer * width <= CACHED else STREAMED_LANES
     block = min(lanes, max(block // view.inner, 1) * view.inner) if fold == 1 else lanes
     values = rows * block
     chunks = min(power_of_two(4 * values // (3 * CHUNK)), max(SOME_CHUNKS, values // LONG_CHUNK), MANY_CHUNKS)
@@ -94,9 +96,14 @@ def power_of_two(most: int) -> int:
 
 
 def fused(view: View, threads: int, masked: bool = False) -> int:
-    """Return how many threads should share whole blocks; 0 where their chunks keep more threads busy."""
+    """Return how many threads should share whole blocks; 0 where their chunks keep more threads busy.
+
+    Threads share blocks of the same rows only where there are too few rows for chunks: each reads ahead into what the
+    other writes. While two cores were far apart, (256, 512) took 66 to 80 us by columns and 35 by rows, else 28 and 26
+    (Zen 5; benchmarks/choices.py, blocks).
+    """
     cut = Cut(*geometry(view, threads, masked).tolist())
-    return shares(cut.batch * cut.blocks, cut.chunks, threads)
+    return shares(cut.batch * (cut.blocks if cut.chunks == 1 else 1), cut.chunks, threads)
 
 
 @helper
@@ -117,6 +124,14 @@ class Block(NamedTuple):
     width: int  # lanes that remain once folds are merged
     slot: int
     slots: int
+
+
+@helper
+def place(g, task):
+    """Block and chunk of a task: chunk by chunk through all blocks, so that neighbouring tasks share rows."""
+    cut = unpack(g)
+    batch, own = task // (cut.blocks * cut.chunks), task % (cut.blocks * cut.chunks)
+    return batch * cut.blocks + own % cut.blocks, own // cut.blocks
 
 
 @helper
