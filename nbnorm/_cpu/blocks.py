@@ -12,6 +12,7 @@ from nbnorm._cpu.grid import locate, row_lanes, rows_end, unpack
 from nbnorm._cpu.lane_grads import chunk_lane_grad_sums, line_sum
 from nbnorm._cpu.lane_merges import merge_sets, slot_moments
 from nbnorm._cpu.lane_moments import chunk_lane_moments, total_weight
+from nbnorm._cpu.lane_terms import affine_rows, gain_rows, gradient_term_rows, settle_runs, weighted_rows
 from nbnorm._cpu.lanes import apply_row, copy_row, fill, input_grad_row, row_weight
 from nbnorm._cpu.launch import allocating, helper, inlined, loop
 from nbnorm._cpu.memory import borrowed, entry, part, row
@@ -19,14 +20,11 @@ from nbnorm._cpu.scratch import room, scratch, wide
 from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
 from nbnorm._cpu.tiles import (
     add_rows,
-    parameter,
     reciprocal_stds,
     settle_rows,
     slot_count,
-    weighted,
     within,
 )
-from nbnorm._math import affine, gradient_terms, recentered, rounded
 
 
 @helper
@@ -91,14 +89,14 @@ def block_rstd(g, counts, index, m2, eps, rstd):
 
 
 @helper
-def spread(g, own, terms, first, end):
+def spread(g, own, terms, first, end, run):
     """Turn rows [first, end) of the terms, which begin with a value for each run, into values for all lanes."""
     cut = unpack(g)
     for k in range(first, end):
         values = row(terms, (k, 0), own.lanes)
-        if cut.run > 1:
-            for i in range(own.slots * cut.width - 1, -1, -1):
-                fill(row(values, i * cut.run, cut.run), values[i])
+        if run > 1:
+            for i in range(own.width // run - 1, -1, -1):
+                fill(row(values, i * run, run), values[i])
         for f in range(1, cut.fold):
             copy_row(row(values, f * own.width, own.width), row(values, 0, own.width))
 
@@ -108,18 +106,18 @@ def spread_affine(g, index, mean, rstd, weight, bias, terms, at):
     """Lay the coefficients of `normalize` out along the lanes of a block, from row ``at`` of the terms."""
     cut, own = unpack(g), locate(g, index)
     p, n = within(own.slot, cut.period) * cut.width, own.slots * cut.width
-    mean_hi, scale, shift = row(terms, (at, 0), n), row(terms, (at + 1, 0), n), row(terms, (at + 2, 0), n)
-    for i in range(own.slots):
-        slot = own.slot + i
-        for j in range(i * cut.width, (i + 1) * cut.width):
-            w, b = parameter(weight, p + j, 1.0), parameter(bias, p + j, 0.0)
-            mean_hi[j], scale[j], shift[j] = affine(mean[slot], rstd[slot], w, b, terms)
-    spread(g, own, terms, at, at + 3)
+    affine_rows(
+        row(terms, (at, 0), n), row(terms, (at + 1, 0), n), row(terms, (at + 2, 0), n),
+        row(mean, own.slot, own.slots), row(rstd, own.slot, own.slots), part(weight, p, n), part(bias, p, n),
+        cut.width, terms,
+    )  # fmt: skip
+    spread(g, own, terms, at, at + 3, cut.run)
 
 
 @helper
-def spread_activation(g, index, mean, rstd, weight, bias, activation, terms):
-    """Lay out, behind all else, what z is computed from, if an activation asks for it."""
+def spread_for_sums(g, index, mean, rstd, weight, bias, activation, terms):
+    """Lay out what gradients' sums are computed from: mean and rstd; behind all else, z's terms for an activation."""
+    spread_affine(g, index, mean, rstd, None, None, terms, 0)
     if activation is not None:
         spread_affine(g, index, mean, rstd, weight, bias, terms, 5)
 
@@ -189,12 +187,12 @@ def block_grad_sums(g, index, mean, rstd, terms, lane_sums, slot_sums):
         for first in range(0, own.width, cut.run):
             dz[first] = line_sum(row(dz, first, cut.run), row(dz_rest, first, cut.run))
             dz_x_hat[first] = line_sum(row(dz_x_hat, first, cut.run), row(dz_x_hat_rest, first, cut.run))
-    for i in range(own.slots):
-        k = own.slot + i
-        for j in range(cut.width):
-            at = i * cut.inner + j * cut.run
-            slot_sums[0, k, j] = dz[at]
-            slot_sums[1, k, j] = recentered(dz_x_hat[at], dz[at], mean[k], terms[0, at], rstd[k])
+    n = own.slots * cut.width
+    settle_runs(
+        row(slot_sums, (0, own.slot, 0), n), row(slot_sums, (1, own.slot, 0), n), dz, dz_x_hat,
+        row(mean, own.slot, own.slots), row(rstd, own.slot, own.slots), row(terms, (0, 0), own.width),
+        cut.width, cut.run,
+    )  # fmt: skip
 
 
 @inlined
@@ -206,25 +204,24 @@ def term_rows(terms, first, n):
     )  # fmt: skip
 
 
-@helper
+@allocating
 def spread_gradient_terms(g, index, mean, rstd, weight, weights, slot_sums, count, counts, constant, terms):
     """Lay the coefficients of `input_gradient` out along the lanes of a block, behind mean and rstd."""
     cut, own = unpack(g), locate(g, index)
-    p = within(own.slot, cut.period) * cut.width
-    means, rstds, slopes, offsets, gains = term_rows(terms, 0, own.slots * cut.width)
-    for i in range(own.slots):
-        k, first = own.slot + i, p + i * cut.width
-        sum_g = weighted(weight, first, slot_sums, 0, k)
-        sum_g_x_hat = weighted(weight, first, slot_sums, 1, k)
-        mean_hi, scale, _ = affine(mean[k], rstd[k], 1.0, 0.0, terms)
-        n = slot_count(count, counts, k, cut.period)
-        slope, offset, factor = gradient_terms(
-            mean[k], rstd[k], sum_g, sum_g_x_hat, n, True, constant, weights is not None, terms
-        )
-        for j in range(i * cut.width, (i + 1) * cut.width):
-            means[j], rstds[j], slopes[j], offsets[j] = mean_hi, scale, slope, offset
-            gains[j] = rounded(factor * parameter(weight, p + j, 1.0), terms)
-    spread(g, own, terms, 0, 5)
+    slots, n = own.slots, own.slots * cut.width
+    p, sums = within(own.slot, cut.period) * cut.width, wide((3, slots))
+    sum_g, sum_g_x_hat, factors = row(sums, (0, 0), slots), row(sums, (1, 0), slots), row(sums, (2, 0), slots)
+    own_weight = part(weight, p, n)
+    weighted_rows(sum_g, own_weight, row(slot_sums, (0, own.slot, 0), n), cut.width)
+    weighted_rows(sum_g_x_hat, own_weight, row(slot_sums, (1, own.slot, 0), n), cut.width)
+    means, rstds, slopes, offsets, gains = term_rows(terms, 0, n)
+    gradient_term_rows(
+        means, rstds, slopes, offsets, factors, row(mean, own.slot, slots), row(rstd, own.slot, slots),
+        sum_g, sum_g_x_hat, slot_count(count, counts, own.slot, cut.period), constant, weights is not None, terms,
+    )  # fmt: skip
+    gain_rows(gains, factors, own_weight, cut.width, terms)
+    spread(g, own, terms, 0, 4, cut.inner)
+    spread(g, own, terms, 4, 5, cut.run)
 
 
 @inlined

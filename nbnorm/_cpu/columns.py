@@ -16,8 +16,8 @@ from nbnorm._cpu.blocks import (
     chunk_grad_sums,
     chunk_moments,
     input_grad_chunk,
-    spread_activation,
     spread_affine,
+    spread_for_sums,
     spread_gradient_terms,
 )
 from nbnorm._cpu.grid import fused, geometry, place, unpack
@@ -91,18 +91,15 @@ def gradient_passes_kernel(
     fixed = False if constant is None else constant
     lane_sums = wide((blocks, chunks if constant is None else 0, 4, block))
     terms = scratch((blocks, 8, block), x)
-    for index in prange(blocks):
-        if constant is None:
-            spread_affine(g, index, mean, rstd, None, None, terms[index], 0)
-        spread_activation(g, index, mean, rstd, weight, bias, activation, terms[index])
     if constant is None:
         for task in prange(blocks * chunks):
-            index, chunk = place(g, task)
-            chunk_grad_sums(
-                g, x, dy, residual, activation, weights, index, chunk, terms[index], lane_sums[index]
-            )
+            # Terms once more for each chunk, sooner than one by one would wait for them in a pass of their own.
+            (index, chunk), own = place(g, task), scratch((8, block), x)
+            spread_for_sums(g, index, mean, rstd, weight, bias, activation, own)
+            chunk_grad_sums(g, x, dy, residual, activation, weights, index, chunk, own, lane_sums[index])
     for index in prange(blocks):
         own = terms[index]
+        spread_for_sums(g, index, mean, rstd, weight, bias, activation, own)
         if constant is None:
             block_grad_sums(g, index, mean, rstd, own, lane_sums[index], slot_sums)
         if dx is not None:
@@ -125,8 +122,7 @@ def backward_kernel(
     chunks, block = cut.chunks, cut.block
     for index in prange(cut.batch * cut.blocks):
         lane_sums, terms = wide((chunks, 4, block)), scratch((8, block), x)
-        spread_affine(g, index, mean, rstd, None, None, terms, 0)
-        spread_activation(g, index, mean, rstd, weight, bias, activation, terms)
+        spread_for_sums(g, index, mean, rstd, weight, bias, activation, terms)
         for chunk in range(chunks):
             chunk_grad_sums(g, x, dy, residual, activation, weights, index, chunk, terms, lane_sums)
         block_grad_sums(g, index, mean, rstd, terms, lane_sums, slot_sums)

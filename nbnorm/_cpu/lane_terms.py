@@ -1,0 +1,63 @@
+"""Coefficients and sums of neighbouring slots of a block, side by side.
+
+Loops run across slots inside those over the runs of a slot, so that they vectorize where it has one, as most have.
+"""
+
+from __future__ import annotations
+
+from nbnorm._cpu.lanes import fill
+from nbnorm._cpu.launch import called
+from nbnorm._cpu.tiles import parameter
+from nbnorm._math import affine, gradient_terms, recentered, rounded
+
+
+@called
+def affine_rows(mean_hi, scale, shift, mean, rstd, weight, bias, width, like):
+    """Coefficients of `normalize` of neighbouring slots, side by side, for each of the ``width`` runs of a slot."""
+    for j in range(width):
+        for i in range(mean.shape[0]):
+            k = i * width + j
+            w, b = parameter(weight, k, 1.0), parameter(bias, k, 0.0)
+            mean_hi[k], scale[k], shift[k] = affine(mean[i], rstd[i], w, b, like)
+
+
+@called
+def settle_runs(sum_dz, sum_dz_x_hat, dz, dz_x_hat, mean, rstd, mean_hi, width, run):
+    """Sums of the runs of neighbouring slots, side by side, from where each begins."""
+    for j in range(width):
+        for i in range(mean.shape[0]):
+            k = i * width + j
+            at = k * run
+            sum_dz[k] = dz[at]
+            sum_dz_x_hat[k] = recentered(dz_x_hat[at], dz[at], mean[i], mean_hi[at], rstd[i])
+
+
+@called
+def weighted_rows(total, weight, sums, width):
+    """`weighted` of neighbouring slots, side by side."""
+    fill(total, 0.0)
+    for j in range(width):
+        for i in range(total.shape[0]):
+            k = i * width + j
+            total[i] += parameter(weight, k, 1.0) * sums[k]
+
+
+@called
+def gradient_term_rows(
+    means, rstds, slopes, offsets, factors, mean, rstd, sum_g, sum_g_x_hat, n, constant, masked, like
+):  # fmt: skip
+    """Coefficients of `input_gradient` of neighbouring slots, side by side."""
+    for i in range(mean.shape[0]):
+        means[i], rstds[i], _ = affine(mean[i], rstd[i], 1.0, 0.0, like)
+        slopes[i], offsets[i], factors[i] = gradient_terms(
+            mean[i], rstd[i], sum_g[i], sum_g_x_hat[i], n, True, constant, masked, like
+        )
+
+
+@called
+def gain_rows(gains, factors, weight, width, like):
+    """Gains of the runs of neighbouring slots, side by side."""
+    for j in range(width):
+        for i in range(factors.shape[0]):
+            k = i * width + j
+            gains[k] = rounded(factors[i] * parameter(weight, k, 1.0), like)
