@@ -6,8 +6,8 @@ import pytest
 
 import nbnorm
 from nbnorm import _cpu
-from nbnorm._cpu import spans, streams
-from nbnorm._view import trailing_view
+from nbnorm._cpu import grid, spans, streams
+from nbnorm._view import batch_view, trailing_view
 
 ROWS, PLANES = (7, 1555), (5, 3, 29, 31)
 FEATURES, FOLDED = (23, 615), (333, 19)
@@ -28,7 +28,7 @@ def everything_is_streamed(monkeypatch):
     monkeypatch.setattr(streams, "SHORTEST_HALVES", streams.SHORTEST_LANES)
     for halves in (False, True):
         assert streams.worthwhile(1, min(PLANES[2] * PLANES[3], ROWS[1]), halves)
-        assert streams.worthwhile_in_columns(1, FEATURES[1], halves)
+        assert streams.worthwhile(1, FEATURES[1], halves, streams.SHORTEST_LANES)
     yield
     set_last_level(monkeypatch, ENDLESS)
 
@@ -132,6 +132,15 @@ def test_what_is_streamed_follows_from_size_and_neighbours():
         assert not streams.worthwhile(size + 1, shortest - 1, halves)
 
 
+@pytest.mark.parametrize(("lanes", "halves"), [(256, False), (2048, True)])
+def test_columns_are_streamed_past_the_caches(lanes, halves):
+    """By the same rule, but for fewer neighbours."""
+    size = streams.last_level()
+    views = [batch_view((1 << 14, n), (n * 4, 4), 4, 1) for n in (lanes, lanes - 1)]
+    wide, narrow = ([grid.geometry(view, 2, False, size + k, halves)[-1] for k in (0, 1)] for view in views)
+    assert (wide, narrow) == ([0, 1], [0, 0])
+
+
 @pytest.mark.parametrize("told", [streams.MOST, 8 * streams.MOST])
 def test_rows_that_are_taken_together_are_never_streamed(told, monkeypatch):
     """Forward writes them without the walk over blocks."""
@@ -144,16 +153,6 @@ def test_rows_that_are_taken_together_are_never_streamed(told, monkeypatch):
     ]
     assert {cut.streamed for cut in cuts if cut.step == 1} == {False, True}
     assert {cut.streamed for cut in cuts if cut.step > 1} == {False}
-
-
-@pytest.mark.parametrize("told", [streams.MOST, 8 * streams.MOST])
-def test_columns_are_streamed_later_where_the_last_level_is_near(told, monkeypatch):
-    size, lanes = streams.MOST if told > streams.MOST else 2 * streams.MOST, streams.SHORTEST_LANES
-    monkeypatch.setattr(streams, "told", lambda: told)
-    assert streams.worthwhile_in_columns(size + 2, lanes, False)
-    assert not streams.worthwhile_in_columns(size, lanes, False)
-    assert not streams.worthwhile_in_columns(size + 2, lanes - 1, False)
-    assert not streams.worthwhile_in_columns(size + 2, lanes, True)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nbnorm._cpu.launch import helper, shares
-from nbnorm._cpu.streams import worthwhile_in_columns
+from nbnorm._cpu.streams import SHORTEST_LANES, worthwhile
 from nbnorm._cpu.tiles import CHUNK
 from nbnorm._view import View
 
@@ -85,7 +85,7 @@ def geometry(
     chunk = -(-rows // max(chunks, 1))
     spare = view.outer % fold * width
     sizes = (view.batch, view.outer, view.group, view.inner, view.period, view.width, view.run)
-    streamed = worthwhile_in_columns(size, block, halves)
+    streamed = worthwhile(size, block, halves, SHORTEST_LANES)
     blocks, chunks = -(-lanes // block), -(-rows // chunk)
     return np.array(Cut(*sizes, fold, block, chunk, lanes, rows, spare, blocks, chunks, streamed))
 

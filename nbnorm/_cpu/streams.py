@@ -21,12 +21,14 @@ from nbnorm._math import emitted
 
 # As many bytes as the loops over elements take in one step: blocks of one line are not vectorized.
 BLOCK = 4 * LINE
-# Neighbours that are worth it: of shorter ones too many lines are not whole (benchmarks/choices.py). Lanes may be
-# fewer, since the rows of a block mostly lie one behind the other; 512 were measured, 256 are reasoned. Halves, as
-# neighbours or as lanes, lose up to 1600 and win from 2048 on, the most that a block of lanes has.
+# Neighbours that are worth it: of shorter ones too many lines are not whole (benchmarks/choices.py, streams). Lanes may
+# be fewer, since the rows of a block mostly lie one behind the other; 384 and more were measured, 256 are reasoned.
+# Halves, as neighbours or as lanes, lose up to 1600 and win from 2048 on, the most that a block of lanes has.
 SHORTEST = 768
 SHORTEST_LANES = 256
 SHORTEST_HALVES = 2048
+# From one last-level cache to two, columns take 0.55 to 0.93 of the time on Zen 5, 0.84 to 1.13 on Zen 4 (the same).
+#
 # Bytes of a last-level cache at most, and of one of which the system does not tell. A larger one serves many cores: of
 # 300 MB that two of them see on Emerald Rapids they get data as slowly as from memory, and results past it take 0.5 to
 # 0.85 of the time from 40 MB (batch norm; layer norm 0.9 to 1.14 up to 100 MB, 0.8 beyond; benchmarks/choices.py).
@@ -60,15 +62,6 @@ def worthwhile(size: int, neighbours: int, halves: bool, shortest: int = SHORTES
     ``shortest`` is meant for other types than halves.
     """
     return neighbours >= (SHORTEST_HALVES if halves else shortest) and size > last_level()
-
-
-def worthwhile_in_columns(size: int, lanes: int, halves: bool) -> bool:
-    """Whether that holds for rows of lanes, between whose passes a cache of one's own keeps half of what fits it.
-
-    Past that they take 0.86 to 1.0 of the time, from one cache to two 0.84 to 1.13 (Zen 4), and where the cache is
-    remote 0.7 to 0.9 (Emerald Rapids; benchmarks/choices.py).
-    """
-    return worthwhile(size if remote() else size // 2, lanes, halves, SHORTEST_LANES)
 
 
 @inlined
