@@ -124,8 +124,8 @@ def test_a_gradient_may_be_streamed_into_dy():
 
 
 def test_what_is_streamed_follows_from_size_and_neighbours():
-    size = streams.last_level()
-    assert size >= 1 << 18
+    size = int(streams.FULL * streams.last_level())
+    assert size >= 3 << 16
     for halves, shortest in ((False, streams.SHORTEST), (True, streams.SHORTEST_HALVES)):
         assert streams.worthwhile(size + 1, shortest, halves)
         assert not streams.worthwhile(size, shortest, halves)
@@ -135,7 +135,7 @@ def test_what_is_streamed_follows_from_size_and_neighbours():
 @pytest.mark.parametrize(("lanes", "halves"), [(256, False), (2048, True)])
 def test_columns_are_streamed_past_the_caches(lanes, halves):
     """By the same rule, but for fewer neighbours."""
-    size = streams.last_level()
+    size = int(streams.FULL * streams.last_level())
     views = [batch_view((1 << 14, n), (n * 4, 4), 4, 1) for n in (lanes, lanes - 1)]
     wide, narrow = ([grid.geometry(view, 2, False, size + k, halves)[-1] for k in (0, 1)] for view in views)
     assert (wide, narrow) == ([0, 1], [0, 0])

@@ -27,9 +27,11 @@ BLOCK = 4 * LINE
 SHORTEST = 768
 SHORTEST_LANES = 256
 SHORTEST_HALVES = 2048
-# From one last-level cache to two, columns take 0.55 to 0.93 of the time on Zen 5, 0.84 to 1.13 on Zen 4 (the same).
-#
-# Bytes of a last-level cache at most, and of one of which the system does not tell. A larger one serves many cores: of
+# Share of the last-level cache that x and the results may fill before they are worth it: others use it, too. Of 32 MB,
+# segments and rows take 0.66 to 0.9 of the time from 20 MB on, 1.06 to 1.18 with 16; columns 0.76 to 1.17 from 26 to
+# 32, 0.55 to 0.93 from there to 64 (Zen 5), 0.84 to 1.13 (Zen 4; benchmarks/choices.py, streams).
+FULL = 0.75
+# Bytes of that cache at most, and of one of which the system does not tell. A larger one serves many cores: of
 # 300 MB that two of them see on Emerald Rapids they get data as slowly as from memory, and results past it take 0.5 to
 # 0.85 of the time from 40 MB (batch norm; layer norm 0.9 to 1.14 up to 100 MB, 0.8 beyond; benchmarks/choices.py).
 MOST = 1 << 25
@@ -61,7 +63,7 @@ def worthwhile(size: int, neighbours: int, halves: bool, shortest: int = SHORTES
 
     ``shortest`` is meant for other types than halves.
     """
-    return neighbours >= (SHORTEST_HALVES if halves else shortest) and size > last_level()
+    return neighbours >= (SHORTEST_HALVES if halves else shortest) and size > FULL * last_level()
 
 
 @inlined
