@@ -1,7 +1,7 @@
 """What stands behind choices of the package that no other benchmark shows: `python -m benchmarks.choices`.
 
-Segments that lie side by side as columns (`nbnorm/_view.py`), chunks of columns and rows of them side by side
-(`nbnorm/_cpu/grid.py`), slots that one task takes together (`nbnorm/_cpu/cut.py`), rows that are taken together or
+Segments that lie side by side as columns (`nbnorm/_view.py`), chunks and blocks of columns and rows of them side by
+side (`nbnorm/_cpu/grid.py`), slots that one task takes together (`nbnorm/_cpu/cut.py`), rows that are taken together or
 asked for in advance (`nbnorm/_cpu/spans.py`), and results that are written past the caches (`nbnorm/_cpu/streams.py`).
 """
 

@@ -18,7 +18,7 @@ from nbnorm import _cpu
 from nbnorm._cpu import cut, grid, spans
 from nbnorm._cpu.launch import shares
 from nbnorm._cpu.tiles import CHUNK
-from nbnorm._view import batch_view
+from nbnorm._view import View, batch_view
 
 # Beside the traversals: work that does not divide among two or four threads, enough of it to be shared out.
 SHARED_OUT = [
@@ -27,6 +27,7 @@ SHARED_OUT = [
     Case((30011, 17), 1, "columns, uneven"),
     Case((1, 1, 400009), 1, "one long slot"),
     Case((4, 20011), 1, "wide columns"),
+    Case((300, 2100), 1, "wide columns, in chunks"),
 ]
 # Enough to meet both traversals where every further case costs a compilation.
 FEW = [SHARED_OUT[0], SHARED_OUT[3]]
@@ -145,7 +146,7 @@ def test_view_with_gaps_and_its_dense_copy(shape, axis, layout, rng):
         oracle.assert_same_bits(of_view, of_copy)
 
 
-@pytest.mark.parametrize("case", TRAVERSALS, ids=lambda case: case.reason)
+@pytest.mark.parametrize("case", [*TRAVERSALS, SHARED_OUT[-1]], ids=lambda case: case.reason)
 @pytest.mark.parametrize(("dtype", "masked"), [("float32", False), ("float32", True), ("float64", False)])
 def test_one_call_and_two_phases(case, dtype, masked, rng):
     """The one-call form is the two-phase form, with weights whose sum is not exact in the type of x, too."""
@@ -194,16 +195,24 @@ def places(g, tasks):
 
 
 @pytest.mark.parametrize(
-    ("rows", "lanes", "team"), [(512, 4096, 0), (256, 512, 0), (2000, 5000, 0), (100, 4096, 2)]
-)
-def test_threads_share_rows_of_wide_arrays(rows, lanes, team):
-    """Threads share blocks of the same rows only where rows are few; else chunks of rows, one after the other."""
-    view = batch_view((rows, lanes), (4 * lanes, 4), 4, 1)
-    g = grid.geometry(view, 2)
+    ("batch", "rows", "lanes", "threads", "team"),
+    [
+        (1, 512, 4096, 2, 0), (1, 256, 512, 2, 0), (3, 600, 5000, 2, 0),  # chunks of rows
+        (1, 100, 4096, 2, 2), (1, 256, 65536, 16, 16),  # too few of them
+        (4, 600, 5000, 2, 2),  # batch entries
+    ],
+)  # fmt: skip
+def test_threads_share_rows_of_wide_arrays(batch, rows, lanes, threads, team):
+    """Threads share blocks of the same rows only where chunks are few; else one chunk after the other."""
+    view = View(batch, rows, lanes, 1, lanes, 1, 1, "columns")
+    g = grid.geometry(view, threads)
     found = grid.Cut(*g.tolist())
-    assert grid.fused(view, 2) == team
-    assert places(g, found.blocks * found.chunks) == [
-        (block, chunk) for chunk in range(found.chunks) for block in range(found.blocks)
+    assert grid.fused(view, threads) == team
+    assert places(g, batch * found.blocks * found.chunks) == [
+        (entry * found.blocks + block, chunk)
+        for entry in range(batch)
+        for chunk in range(found.chunks)
+        for block in range(found.blocks)
     ]
 
 

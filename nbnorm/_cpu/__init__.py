@@ -1,7 +1,7 @@
 """The CPU backend: verbs on a view and arrays that share its memory order.
 
-Every verb flattens its arrays, picks the traversal of the view and starts one kernel: a fused one where whole slots
-keep the threads busy, else one that goes through chunks pass after pass; both give the same bits. Statistics and sums
+Every verb flattens its arrays, picks the traversal of the view and starts one kernel: a fused one where threads share
+whole slots, else one that goes through chunks pass after pass; both give the same bits. Statistics and sums
 are float64 arrays with one entry per slot.
 """
 
@@ -32,7 +32,7 @@ class Start(NamedTuple):
 
     walk: Any  # the module of its traversal
     geometry: Array
-    team: int  # threads that should share whole slots; 0 where their chunks keep more threads busy
+    team: int  # threads that should share whole slots; 0 where it is better that they share their chunks
 
 
 @lru_cache(maxsize=4096)

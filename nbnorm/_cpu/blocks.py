@@ -1,6 +1,6 @@
 """What a task does to one block of lanes: moments, coefficients, results.
 
-``moments`` has two rows for each chunk, ``lane_sums`` four, ``pool``, in which moments are computed, four altogether,
+``moments`` has two rows for each chunk, ``lane_sums`` four, ``pool``, for what lies between, four altogether,
 ``terms`` three to normalize and eight for gradients, all as long as a block.
 """
 
@@ -204,14 +204,15 @@ def term_rows(terms, first, n):
     )  # fmt: skip
 
 
-@allocating
-def spread_gradient_terms(g, index, mean, rstd, weight, weights, slot_sums, count, counts, constant, terms):
+@helper
+def spread_gradient_terms(
+    g, index, mean, rstd, weight, weights, slot_sums, count, counts, constant, pool, terms
+):
     """Lay the coefficients of `input_gradient` out along the lanes of a block, behind mean and rstd."""
     cut, own = unpack(g), locate(g, index)
     slots, n = own.slots, own.slots * cut.width
-    p, sums = within(own.slot, cut.period) * cut.width, wide((3, slots))
-    sum_g, sum_g_x_hat, factors = row(sums, (0, 0), slots), row(sums, (1, 0), slots), row(sums, (2, 0), slots)
-    own_weight = part(weight, p, n)
+    sum_g, sum_g_x_hat, factors = row(pool, (0, 0), slots), row(pool, (1, 0), slots), row(pool, (2, 0), slots)
+    own_weight = part(weight, within(own.slot, cut.period) * cut.width, n)
     weighted_rows(sum_g, own_weight, row(slot_sums, (0, own.slot, 0), n), cut.width)
     weighted_rows(sum_g_x_hat, own_weight, row(slot_sums, (1, own.slot, 0), n), cut.width)
     means, rstds, slopes, offsets, gains = term_rows(terms, 0, n)

@@ -98,12 +98,14 @@ def gradient_passes_kernel(
             spread_for_sums(g, index, mean, rstd, weight, bias, activation, own)
             chunk_grad_sums(g, x, dy, residual, activation, weights, index, chunk, own, lane_sums[index])
     for index in prange(blocks):
-        own = terms[index]
+        own, pool = terms[index], wide((4, block))
         spread_for_sums(g, index, mean, rstd, weight, bias, activation, own)
         if constant is None:
             block_grad_sums(g, index, mean, rstd, own, lane_sums[index], slot_sums)
         if dx is not None:
-            spread_gradient_terms(g, index, mean, rstd, weight, weights, slot_sums, count, counts, fixed, own)
+            spread_gradient_terms(
+                g, index, mean, rstd, weight, weights, slot_sums, count, counts, fixed, pool, own
+            )
     if dx is not None:
         for task in prange(blocks * chunks):
             index, chunk = place(g, task)
@@ -121,12 +123,14 @@ def backward_kernel(
     cut = unpack(g)
     chunks, block = cut.chunks, cut.block
     for index in prange(cut.batch * cut.blocks):
-        lane_sums, terms = wide((chunks, 4, block)), scratch((8, block), x)
+        pool, lane_sums, terms = wide((4, block)), wide((chunks, 4, block)), scratch((8, block), x)
         spread_for_sums(g, index, mean, rstd, weight, bias, activation, terms)
         for chunk in range(chunks):
             chunk_grad_sums(g, x, dy, residual, activation, weights, index, chunk, terms, lane_sums)
         block_grad_sums(g, index, mean, rstd, terms, lane_sums, slot_sums)
-        spread_gradient_terms(g, index, mean, rstd, weight, weights, slot_sums, count, counts, False, terms)
+        spread_gradient_terms(
+            g, index, mean, rstd, weight, weights, slot_sums, count, counts, False, pool, terms
+        )
         for chunk in range(chunks):
             input_grad_chunk(
                 g, x, dy, dx, dresidual, residual, activation, weights, index, chunk, terms, False

@@ -77,7 +77,7 @@ def geometry(
     elif rows < 2 * CHUNK_ROWS:
         block = min(CHUNK // rows, CACHED_LANES)
     else:
-        block = CACHED_LANES if view.outer * width <= CACHED else STREAMED_LANES
+        block = CACHED_LANES if view.size <= CACHED else STREAMED_LANES
     block = min(lanes, max(block // view.inner, 1) * view.inner) if fold == 1 else lanes
     values = rows * block
     chunks = min(power_of_two(4 * values // (3 * CHUNK)), max(SOME_CHUNKS, values // LONG_CHUNK), MANY_CHUNKS)
@@ -96,14 +96,14 @@ def power_of_two(most: int) -> int:
 
 
 def fused(view: View, threads: int, masked: bool = False) -> int:
-    """Return how many threads should share whole blocks; 0 where their chunks keep more threads busy.
+    """Return how many threads should share whole blocks; 0 where it is better that they share their chunks.
 
-    Threads share blocks of the same rows only where there are too few rows for chunks: each reads ahead into what the
+    Threads share blocks of the same rows only where there are too few chunks for them: each reads ahead into what the
     other writes. While two cores were far apart, (256, 512) took 66 to 80 us by columns and 35 by rows, else 28 and 26
     (Zen 5; benchmarks/choices.py, blocks).
     """
     cut = Cut(*geometry(view, threads, masked).tolist())
-    return shares(cut.batch * (cut.blocks if cut.chunks == 1 else 1), cut.chunks, threads)
+    return shares(cut.batch * (cut.blocks if cut.chunks < threads else 1), cut.chunks, threads)
 
 
 @helper

@@ -6,7 +6,7 @@ Loops run across slots inside those over the runs of a slot, so that they vector
 from __future__ import annotations
 
 from nbnorm._cpu.lanes import fill
-from nbnorm._cpu.launch import called
+from nbnorm._cpu.launch import called, helper
 from nbnorm._cpu.tiles import parameter
 from nbnorm._math import affine, gradient_terms, recentered, rounded
 
@@ -33,13 +33,19 @@ def settle_runs(sum_dz, sum_dz_x_hat, dz, dz_x_hat, mean, rstd, mean_hi, width, 
 
 
 @called
+def add_weighted(total, weight, sums, width, j):
+    """Add to the totals of neighbouring slots the sums of run ``j`` of each, times their weights."""
+    for i in range(total.shape[0]):
+        k = i * width + j
+        total[i] += parameter(weight, k, 1.0) * sums[k]
+
+
+@helper
 def weighted_rows(total, weight, sums, width):
-    """`weighted` of neighbouring slots, side by side."""
+    """Totals of the sums of each slot's runs, times their weights; side by side."""
     fill(total, 0.0)
     for j in range(width):
-        for i in range(total.shape[0]):
-            k = i * width + j
-            total[i] += parameter(weight, k, 1.0) * sums[k]
+        add_weighted(total, weight, sums, width, j)
 
 
 @called

@@ -23,7 +23,6 @@ from nbnorm._cpu.tiles import (
     piece_grad_sums,
     reciprocal_stds,
     slot_count,
-    weighted,
     within,
 )
 from nbnorm._math import accumulate, add, affine, gradient_terms, recentered, reciprocal_std, rounded, settled
@@ -229,6 +228,15 @@ def add_chunks(g, slot, slots, sums, slot_sums):
                 a, a_rest = add(a, a_rest, sums[i, 0, j])
                 b, b_rest = add(b, b_rest, sums[i, 2, j])
             slot_sums[0, k, j], slot_sums[1, k, j] = settled(a, a_rest), settled(b, b_rest)
+
+
+@helper
+def weighted(weight, first, slot_sums, which, slot):
+    """Total of one of the sums of a slot's runs, each times its weight, which starts at ``first``."""
+    total = 0.0
+    for j in range(slot_sums.shape[2]):
+        total += parameter(weight, first + j, 1.0) * slot_sums[which, slot, j]
+    return total
 
 
 @helper

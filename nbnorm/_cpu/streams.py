@@ -1,6 +1,6 @@
 """Results past the caches: whole lines of memory, written without being read first and without driving others out.
 
-A plain store brings its line into the caches. Where x and the results do not fit the last-level cache together, that
+A plain store brings its line into the caches. Where x and the results nearly fill the last-level cache together, that
 is a transfer for nothing, and takes the place of x, which a second pass reads. Streamed results are computed block by
 block, each a few lines that the compiler keeps in registers, and stored from there.
 """
@@ -22,7 +22,7 @@ from nbnorm._math import emitted
 # As many bytes as the loops over elements take in one step: blocks of one line are not vectorized.
 BLOCK = 4 * LINE
 # Neighbours that are worth it: of shorter ones too many lines are not whole (benchmarks/choices.py, streams). Lanes may
-# be fewer, since the rows of a block mostly lie one behind the other; 384 and more were measured, 256 are reasoned.
+# be fewer, since the rows of a block mostly lie one behind the other: 256 and more were measured.
 # Halves, as neighbours or as lanes, lose up to 1600 and win from 2048 on, the most that a block of lanes has.
 SHORTEST = 768
 SHORTEST_LANES = 256
@@ -33,7 +33,8 @@ SHORTEST_HALVES = 2048
 FULL = 0.75
 # Bytes of that cache at most, and of one of which the system does not tell. A larger one serves many cores: of
 # 300 MB that two of them see on Emerald Rapids they get data as slowly as from memory, and results past it take 0.5 to
-# 0.85 of the time from 40 MB (batch norm; layer norm 0.9 to 1.14 up to 100 MB, 0.8 beyond; benchmarks/choices.py).
+# 0.85 of the time from 40 MB (batch norm; columns 0.7 to 0.9, layer norm 0.9 to 1.14 up to 100 MB, 0.8 beyond; the
+# same); that they do from 24 MB on there, too, is reasoned.
 MOST = 1 << 25
 NEVER = 1 << 62
 

@@ -379,12 +379,3 @@ def settle_rows(total, rest):
     """Put back what rounding has left out."""
     for i in range(total.shape[0]):
         total[i] = settled(total[i], rest[i])
-
-
-@helper
-def weighted(weight, first, slot_sums, which, slot):
-    """Total of one of the sums of a slot's runs, each times its weight, which starts at ``first``."""
-    total = 0.0
-    for j in range(slot_sums.shape[2]):
-        total += parameter(weight, first + j, 1.0) * slot_sums[which, slot, j]
-    return total
