@@ -54,6 +54,11 @@ WIDTHS = (
     (256, 128), (512, 128), (1024, 128), (4096, 128), (1024, 64), (2048, 64), (8192, 64), (4096, 32), (8192, 16),
     (512, 256), (2048, 256), (16384, 96),
 )  # fmt: skip
+# Wide arrays.
+WIDE = (
+    (256, 512), (256, 2048), (512, 2048), (768, 2048), (1024, 2048), (512, 4096), (1024, 4096), (1568, 2048),
+    (3136, 1536), (8192, 2048),
+)  # fmt: skip
 # Cases around the last-level cache, and around as many neighbours as are worth it.
 STREAMS = (
     *(
@@ -182,13 +187,13 @@ def chunks() -> None:
 
 def blocks() -> None:
     """Batch norm of wide arrays in narrower and wider blocks of lanes, which threads share chunk by chunk or whole."""
-    for shape in ((256, 512), (256, 2048), (512, 2048), (768, 2048), (1024, 2048), (512, 4096), (1024, 4096)):
+    for shape in WIDE:
         for name in ("forward", "backward"):
             call, b = prepare(name, Case("batch", shape))
             view = batch_view(b.x.shape, b.x.strides, b.x.itemsize, 1)
             assert view is not None
             chosen = grid.Cut(*columns.geometry(view, 2, False, moved(name, b)).tolist())
-            widths = sorted({256, 512, 1024, 2048}, key=lambda n: n != chosen.block)
+            widths = sorted({256, 512, 1024, 2048, chosen.block}, key=lambda n: n != chosen.block)
             ways = {
                 f"{n} lanes {how}": started(partial(in_blocks, chosen, n, team), call)
                 for n, (how, team) in product(widths, (("in chunks", 0), ("whole", 2)))

@@ -29,7 +29,8 @@ def table(rows: list[dict], rst: bool) -> str:
     text = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     if rst:
         rule = " ".join("=" * width for width in widths)
-        return "\n".join([rule, " ".join(text[0]), rule, *(" ".join(line) for line in text[1:]), rule])
+        lines = [" ".join(line).rstrip() for line in text]
+        return "\n".join([rule, lines[0], rule, *lines[1:], rule])
     ruled = [text[0], ["-" * width for width in widths], *text[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in ruled)
 

@@ -93,7 +93,7 @@ def gradient_passes_kernel(
     terms = scratch((blocks, 8, block), x)
     if constant is None:
         for task in prange(blocks * chunks):
-            # Terms once more for each chunk, sooner than one by one would wait for them in a pass of their own.
+            # Terms once more for each chunk: a pass of their own would start the threads once more.
             (index, chunk), own = place(g, task), scratch((8, block), x)
             spread_for_sums(g, index, mean, rstd, weight, bias, activation, own)
             chunk_grad_sums(g, x, dy, residual, activation, weights, index, chunk, own, lane_sums[index])

@@ -24,8 +24,9 @@ WIDE = 384
 # them: what it saves in the rows of a block, merging its lanes must not cost (benchmarks/choices.py; Emerald Rapids, 32
 # to 2048 rows of 3 to 256 lanes: within a tenth of the best number).
 FOLDING = 2
-# Lanes of a block, and of one of an array of more than CACHED values: gradients of (256 to 768, 2048) take 0.75 to 0.86
-# of the time with 1024 lanes instead of 2048, beyond the caches 1.03 to 1.1 (Zen 5; benchmarks/choices.py).
+# Lanes of a block, and of one of an array of more than CACHED values: gradients of (256 to 768, 2048) take 0.79 to 0.97
+# of the time with 1024 lanes instead of 2048, those of (8192, 2048) 1.12, other shapes 0.8 to 1.09 (Zen 5;
+# benchmarks/choices.py, blocks).
 CACHED_LANES = 1024
 STREAMED_LANES = 2048
 CACHED = 3 << 19
@@ -99,8 +100,8 @@ def fused(view: View, threads: int, masked: bool = False) -> int:
     """Return how many threads should share whole blocks; 0 where it is better that they share their chunks.
 
     Threads share blocks of the same rows only where there are too few chunks for them: each reads ahead into what the
-    other writes. While two cores were far apart, (256, 512) took 66 to 80 us by columns and 35 by rows, else 28 and 26
-    (Zen 5; benchmarks/choices.py, blocks).
+    other writes. In trials (256, 512) took 66 to 80 us by columns and 35 by rows while two cores were far apart, else
+    28 and 26; mostly whole blocks take 1 to 1.5 times as long (Zen 5; benchmarks/choices.py, blocks).
     """
     cut = Cut(*geometry(view, threads, masked).tolist())
     return shares(cut.batch * (cut.blocks if cut.chunks < threads else 1), cut.chunks, threads)

@@ -42,7 +42,7 @@ def add_weighted(total, weight, sums, width, j):
 
 @helper
 def weighted_rows(total, weight, sums, width):
-    """Totals of the sums of each slot's runs, times their weights; side by side."""
+    """Totals of the sums of each slot's runs, times their weights, side by side: what `slots.weighted` is for one."""
     fill(total, 0.0)
     for j in range(width):
         add_weighted(total, weight, sums, width, j)

@@ -28,8 +28,9 @@ SHORTEST = 768
 SHORTEST_LANES = 256
 SHORTEST_HALVES = 2048
 # Share of the last-level cache that x and the results may fill before they are worth it: others use it, too. Of 32 MB,
-# segments and rows take 0.66 to 0.9 of the time from 20 MB on, 1.06 to 1.18 with 16; columns 0.76 to 1.17 from 26 to
-# 32, 0.55 to 0.93 from there to 64 (Zen 5), 0.84 to 1.13 (Zen 4; benchmarks/choices.py, streams).
+# segments and rows take 0.63 to 0.96 of the time from 20 MB on, 0.9 to 1.18 with 16, and backward with 24; columns 0.76
+# to 1.14 from 24 to 32, 0.55 to 1.17, mostly 0.8 to 0.9, from there to 64 (Zen 5), 0.84 to 1.13 (Zen 4;
+# benchmarks/choices.py, streams).
 FULL = 0.75
 # Bytes of that cache at most, and of one of which the system does not tell. A larger one serves many cores: of
 # 300 MB that two of them see on Emerald Rapids they get data as slowly as from memory, and results past it take 0.5 to
