@@ -10,8 +10,20 @@ from nbnorm._cpu import grid, spans, streams
 from nbnorm._view import batch_view, trailing_view
 
 ROWS, PLANES = (7, 1555), (5, 3, 29, 31)
-FEATURES, FOLDED = (23, 615), (333, 19)
-SHAPES = {"planes": PLANES, "features": FEATURES, "folded": FOLDED, "layer": ROWS, "rms": ROWS}
+FEATURES = (23, 615)
+SHAPES = {
+    "planes": PLANES,
+    "side by side": (3, 6, 31, 33),  # of group norm, whose slots and runs lie one behind the other
+    "features": FEATURES,
+    "folded": (333, 19),
+    "chunks": (1111, 301),
+    "blocks": (37, 4200),
+    "layer": ROWS,
+    "long": (2, 70001),
+    "groups": (9, 1602),  # two rows a sample
+    "rms": ROWS,
+}
+NORMS = {"layer": "layer", "long": "layer", "rms": "rms", "groups": "group", "side by side": "group"}
 ENDLESS = 1 << 60
 
 
@@ -44,7 +56,7 @@ def shifted(shape, dtype, shift, rng):
 
 def results(case, dtype, shift, **options):
     """Return y and the gradients, written into shifted buffers, and see that nothing around these has changed."""
-    shape, norm = SHAPES[case], case if case in ("layer", "rms") else "batch"
+    shape, norm = SHAPES[case], NORMS.get(case, "batch")
     rng = np.random.default_rng(3)
     x, dy = (shifted(shape, dtype, shift, rng)[0] for _ in range(2))
     kept = {name: value(shape).astype(dtype) if callable(value) else value for name, value in options.items()}
@@ -54,7 +66,8 @@ def results(case, dtype, shift, **options):
     forward, backward = (getattr(nbnorm, f"{norm}_norm_{direction}") for direction in ("forward", "backward"))
     (y, around_y), (dx, around_dx) = (shifted(shape, dtype, shift, rng) for _ in range(2))
     parameters = (weight,) if norm == "rms" else (weight, bias)
-    _, saved = forward(x, *parameters, out=y, **kept)
+    groups = (2,) if norm == "group" else ()
+    _, saved = forward(x, *groups, *parameters, out=y, **kept)
     gradients = backward(dy, saved, out=(dx, *[None] * (len(parameters) + ("residual" in kept))))
     for around in (around_y, around_dx):
         assert np.isnan(around).sum() == 256
@@ -76,7 +89,12 @@ CASES = [
     ("features", np.float32, {"mask": np.arange(23.0)}),
     ("folded", np.float32, {"activation": "relu"}),
     ("folded", np.float16, {}),
+    ("chunks", np.float32, {}),
+    ("blocks", ml_dtypes.bfloat16, {"activation": "silu"}),
+    ("side by side", np.float32, {"activation": "relu"}),
     ("layer", np.float32, {}),
+    ("long", np.float32, {}),
+    ("groups", np.float64, {}),
     ("rms", ml_dtypes.bfloat16, {}),
 ]
 
@@ -143,7 +161,7 @@ def test_columns_are_streamed_past_the_caches(lanes, halves):
 
 @pytest.mark.parametrize("told", [streams.MOST, 8 * streams.MOST])
 def test_rows_that_are_taken_together_are_never_streamed(told, monkeypatch):
-    """Forward writes them without the walk over blocks."""
+    """They are written without asking."""
     monkeypatch.setattr(streams, "told", lambda: told)
     cuts = [
         spans.Cut(*spans.geometry(trailing_view((64, n), (n * 4, 4), 4, 1), 2, False, size, halves))
@@ -152,7 +170,7 @@ def test_rows_that_are_taken_together_are_never_streamed(told, monkeypatch):
         for halves in (False, True)
     ]
     assert {cut.streamed for cut in cuts if cut.step == 1} == {False, True}
-    assert {cut.streamed for cut in cuts if cut.step > 1} == {False}
+    assert {cut.streamed for cut in cuts if cut.step > 1 or cut.together == spans.ROWS} == {False}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from nbnorm._cpu.lanes import copy_row, fill
@@ -17,7 +19,7 @@ from nbnorm._cpu.memory import LINE, borrowed, fetch, part, row
 from nbnorm._cpu.scratch import scratch, wide
 from nbnorm._cpu.short_slots import short_moments
 from nbnorm._cpu.spans import ROWS, samples_of, short_rows, span, unpack
-from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
+from nbnorm._cpu.streams import block_like, finish, no_stream, writer
 from nbnorm._cpu.tiles import (
     FOUR,
     add_rows,
@@ -56,31 +58,35 @@ def row_moments(g, x, r, mean, m2):
         mean[r] = row_mean
 
 
+def _piece(apply: Any) -> Any:
+    """Return a function for `writer` that normalizes some neighbours of a row."""
+
+    @inlined
+    def piece(y, at, i, n, given):
+        x, p, mean_hi, scale, rest, weight, bias = given
+        apply(row(x, at, n), y, mean_hi, scale, rest, part(weight, p + i, n), part(bias, p + i, n))
+
+    return piece
+
+
+write_line = writer(_piece(apply_line), _piece(apply_block))
+
+
 @helper
 def apply_chunk(g, x, y, r, chunk, mean, rstd, weight, bias):
     """Normalize one chunk of a row, which is a task."""
-    normalize_chunk(g, borrowed(x), borrowed(y), r, chunk, mean, rstd, weight, bias)
-    finish(unpack(g).streamed)
+    x, y, seam = borrowed(x), borrowed(y), block_like(y)
+    stream = normalize_chunk(g, x, y, seam, no_stream(), r, chunk, mean, rstd, weight, bias)
+    finish(y, seam, stream, unpack(g).streamed)
 
 
 @inlined
-def normalize_chunk(g, x, y, r, chunk, mean, rstd, weight, bias):
+def normalize_chunk(g, x, y, seam, stream, r, chunk, mean, rstd, weight, bias):
     """Normalize one chunk of a row."""
     first, size, p = span(g, r, chunk)
     mean_hi, scale, rest = affine(mean, rstd, 1.0, 0.0, x)
-    own, block = (mean_hi, scale, rest), block_like(y)
-    i, n = 0, before_blocks(y, first, size, unpack(g).streamed)
-    while i < size:
-        at, k = first + i, p + i
-        apply_line(row(x, at, n), row(y, at, n), *own, part(weight, k, n), part(bias, k, n))
-        i += n
-        n = block.shape[0]
-        while i + n <= size:
-            at, k = first + i, p + i
-            apply_block(row(x, at, n), block, *own, part(weight, k, n), part(bias, k, n))
-            store_block(block, y, at)
-            i += n
-        n = size - i
+    given = (x, p, mean_hi, scale, rest, weight, bias)
+    return write_line(y, seam, stream, unpack(g).streamed, first, size, given)
 
 
 @inlined
@@ -103,7 +109,7 @@ def fetch_rows(g, x, first, last):
 def forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd):
     """Moments and normalization of a band."""
     cut = unpack(g)
-    x, y = borrowed(x), borrowed(y)
+    x, y, seam, stream = borrowed(x), borrowed(y), block_like(y), no_stream()
     start, end = samples_of(g, band)
     shift, sums = scratch(cut.step, x), wide((3, cut.step))
     for first in range(start * cut.period, end * cut.period, cut.step):
@@ -123,8 +129,10 @@ def forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd):
                 normalize_short(g, x, y, r, value_of(mean, r), rstd[r], weight, bias)
             else:
                 for chunk in range(cut.chunks):
-                    normalize_chunk(g, x, y, r, chunk, value_of(mean, r), rstd[r], weight, bias)
-    finish(cut.streamed)
+                    stream = normalize_chunk(
+                        g, x, y, seam, stream, r, chunk, value_of(mean, r), rstd[r], weight, bias
+                    )
+    finish(y, seam, stream, cut.streamed)
 
 
 @inlined
@@ -209,28 +217,32 @@ def parameter_grads(g, x, dy, first, rows, chunk, terms, band, sums):
 
 
 @inlined
-def finish_rows(g, x, dy, dx, first, rows, chunk, terms, weight, band, sums):
+def input_grad_piece(dx, at, i, n, given):
+    """Dx of some neighbours of a row."""
+    x, dy, weight, p, terms, k = given
+    input_grad_line(row(x, at, n), row(dy, at, n), dx, part(weight, p + i, n), terms, k)
+
+
+write_input_grad = writer(input_grad_piece)
+
+
+@inlined
+def finish_rows(g, x, dy, dx, seam, stream, first, rows, chunk, terms, weight, band, sums):
     """Gradients of one chunk of a few rows, each a sample behind the other, as far as there is room for them."""
     if sums is not None:  # before dx, which may go into dy
         parameter_grads(g, x, dy, first, rows, chunk, terms, band, sums)
     if dx is not None:
-        block = block_like(dx)
-        for k in range(rows):
-            start, size, p = span(g, first + k * unpack(g).period, chunk)
-            i, n = 0, before_blocks(dx, start, size, unpack(g).streamed)
-            while i < size:
-                at = start + i
-                input_grad_line(
-                    row(x, at, n), row(dy, at, n), row(dx, at, n), part(weight, p + i, n), terms, k
-                )
-                i += n
-                n = block.shape[0]
-                while i + n <= size:
-                    at = start + i
-                    input_grad_line(row(x, at, n), row(dy, at, n), block, part(weight, p + i, n), terms, k)
-                    store_block(block, dx, at)
-                    i += n
-                n = size - i
+        step = unpack(g).period
+        if short_rows(g):  # these are never streamed, and notice who could do it
+            for k in range(rows):
+                start, size, p = span(g, first + k * step, chunk)
+                input_grad_piece(row(dx, start, size), start, 0, size, (x, dy, weight, p, terms, k))
+        else:
+            for k in range(rows):
+                start, size, p = span(g, first + k * step, chunk)
+                given = (x, dy, weight, p, terms, k)
+                stream = write_input_grad(dx, seam, stream, unpack(g).streamed, start, size, given)
+    return stream
 
 
 @inlined
@@ -250,6 +262,7 @@ def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_
     cut = unpack(g)
     start, end = samples_of(g, band)
     terms, statistics = scratch(6 * ROWS, x), wide(4 * ROWS)
+    seam, stream = block_like(x), no_stream()
     clear(g, chunk, band, sums)
     for sample in range(start, end, cut.together):
         rows = min(cut.together, end - sample)
@@ -258,8 +271,9 @@ def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_
                 r = first + k * cut.period
                 note(statistics, k, value_of(mean, r), rstd[r], sum_g[r], sum_g_x_hat[r])
             fill_terms(terms, statistics, rows, np.float64(cut.inner), mean is not None)
-            finish_rows(g, x, dy, dx, first, rows, chunk, terms, weight, band, sums)
-    finish(cut.streamed)
+            stream = finish_rows(g, x, dy, dx, seam, stream, first, rows, chunk, terms, weight, band, sums)
+    if dx is not None:
+        finish(dx, seam, stream, cut.streamed)
 
 
 @allocating
@@ -268,6 +282,7 @@ def backward_band(g, x, dy, dx, band, mean, rstd, weight, sums):
     cut = unpack(g)
     start, end = samples_of(g, band)
     terms, statistics = scratch(6 * ROWS, x), wide(4 * ROWS)
+    seam, stream = block_like(x), no_stream()
     for chunk in range(cut.chunks):
         clear(g, chunk, band, sums)
     for sample in range(start, end, cut.together):
@@ -279,8 +294,11 @@ def backward_band(g, x, dy, dx, band, mean, rstd, weight, sums):
                 note(statistics, k, value_of(mean, r), rstd[r], a, b)
             fill_terms(terms, statistics, rows, np.float64(cut.inner), mean is not None)
             for chunk in range(cut.chunks):
-                finish_rows(g, x, dy, dx, first, rows, chunk, terms, weight, band, sums)
-    finish(cut.streamed)
+                stream = finish_rows(
+                    g, x, dy, dx, seam, stream, first, rows, chunk, terms, weight, band, sums
+                )
+    if dx is not None:
+        finish(dx, seam, stream, cut.streamed)
 
 
 @helper

@@ -1,14 +1,14 @@
 """What a task does to one block of lanes: moments, coefficients, results.
 
 ``moments`` has two rows for each chunk, ``lane_sums`` four, ``pool``, for what lies between, four altogether,
-``terms`` three to normalize and eight for gradients, all as long as a block.
+``terms`` three to normalize and eight for gradients, all as long as a block of lanes, terms longer by one of a stream.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from nbnorm._cpu.grid import locate, row_lanes, rows_end, unpack
+from nbnorm._cpu.grid import lanes_in, locate, rows_end, rows_in_one, unpack
 from nbnorm._cpu.lane_grads import chunk_lane_grad_sums, line_sum
 from nbnorm._cpu.lane_merges import merge_sets, slot_moments
 from nbnorm._cpu.lane_moments import chunk_lane_moments, total_weight
@@ -17,7 +17,7 @@ from nbnorm._cpu.lanes import apply_row, copy_row, fill, input_grad_row, row_wei
 from nbnorm._cpu.launch import allocating, helper, inlined, loop
 from nbnorm._cpu.memory import borrowed, entry, part, row
 from nbnorm._cpu.scratch import room, scratch, wide
-from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
+from nbnorm._cpu.streams import BLOCK, block_like, finish, no_stream, writer
 from nbnorm._cpu.tiles import (
     add_rows,
     reciprocal_stds,
@@ -89,16 +89,28 @@ def block_rstd(g, counts, index, m2, eps, rstd):
 
 
 @helper
+def term_length(cut, x):
+    """Length of a row of terms."""
+    return cut.block + BLOCK // x.itemsize
+
+
+@helper
 def spread(g, own, terms, first, end, run):
-    """Turn rows [first, end) of the terms, which begin with a value for each run, into values for all lanes."""
+    """Turn rows [first, end) of the terms, which begin with a value for each run, into values for all lanes.
+
+    Behind the last lane follow the first again, for blocks that go on in the next row.
+    """
     cut = unpack(g)
     for k in range(first, end):
-        values = row(terms, (k, 0), own.lanes)
+        values = row(terms, (k, 0), terms.shape[1])
         if run > 1:
             for i in range(own.width // run - 1, -1, -1):
                 fill(row(values, i * run, run), values[i])
         for f in range(1, cut.fold):
             copy_row(row(values, f * own.width, own.width), row(values, 0, own.width))
+        if cut.streamed:
+            for i in range(own.lanes, own.lanes + terms.shape[1] - cut.block):
+                values[i] = values[i - own.lanes]
 
 
 @helper
@@ -123,32 +135,28 @@ def spread_for_sums(g, index, mean, rstd, weight, bias, activation, terms):
 
 
 @inlined
-def apply_lanes(x, y, residual, terms, first, n, activation):
-    """Normalize some neighbouring lanes of a row."""
-    mean_hi, scale, shift = row(terms, (0, first), n), row(terms, (1, first), n), row(terms, (2, first), n)
-    apply_row(x, y, residual, mean_hi, scale, shift, activation)
+def apply_lanes(y, at, i, n, given):
+    """Normalize some neighbouring lanes."""
+    x, residual, terms, lanes, activation = given
+    i = i % lanes
+    mean_hi, scale, shift = row(terms, (0, i), n), row(terms, (1, i), n), row(terms, (2, i), n)
+    apply_row(row(x, at, n), y, part(residual, at, n), mean_hi, scale, shift, activation)
+
+
+write_lanes = writer(apply_lanes)
 
 
 @loop
 def apply_chunk(g, x, y, residual, activation, index, chunk, terms):
     """Normalize one chunk of rows of a block."""
     cut, own = unpack(g), locate(g, index)
-    x, y, block_of_y = borrowed(x), borrowed(y), block_like(y)
-    for r in range(chunk * cut.chunk, rows_end(cut, chunk)):
-        lanes, first = row_lanes(cut, own, r), own.base + r * cut.lanes + own.lane
-        i, n = 0, before_blocks(y, first, lanes, cut.streamed)
-        while i < lanes:
-            at = first + i
-            apply_lanes(row(x, at, n), row(y, at, n), part(residual, at, n), terms, i, n, activation)
-            i += n
-            n = block_of_y.shape[0]
-            while i + n <= lanes:
-                at = first + i
-                apply_lanes(row(x, at, n), block_of_y, part(residual, at, n), terms, i, n, activation)
-                store_block(block_of_y, y, at)
-                i += n
-            n = lanes - i
-    finish(cut.streamed)
+    x, y, seam, stream = borrowed(x), borrowed(y), block_like(y), no_stream()
+    start, end = chunk * cut.chunk, rows_end(cut, chunk)
+    rows, given = rows_in_one(cut, own, end - start, None), (x, residual, terms, own.lanes, activation)
+    for r in range(start, end, rows):
+        first = own.base + r * cut.lanes + own.lane
+        stream = write_lanes(y, seam, stream, cut.streamed, first, lanes_in(cut, own, r, rows), given)
+    finish(y, seam, stream, cut.streamed)
 
 
 @allocating
@@ -226,42 +234,33 @@ def spread_gradient_terms(
 
 
 @inlined
-def input_grad_lanes(x, dy, dx, dresidual, residual, w, t, first, n, activation, alone):
-    """Dx of some neighbouring lanes of a row, by the terms ``t``; ``alone``: no other value has a part in it."""
-    mean_hi, rstd, slope, offset, gain = term_rows(t, first, n)
-    scale, shift = row(t, (6, first), n), row(t, (7, first), n)
-    arrays = (x, dy, dx, dresidual, residual)
+def input_grad_lanes(dx, at, i, n, given):
+    """Dx of some neighbouring lanes, by the terms ``t``; ``alone``: no other value has a part in it."""
+    x, dy, dresidual, residual, w, t, lanes, activation, alone = given
+    i = i % lanes
+    mean_hi, rstd, slope, offset, gain = term_rows(t, i, n)
+    scale, shift = row(t, (6, i), n), row(t, (7, i), n)
+    arrays = (row(x, at, n), row(dy, at, n), dx, part(dresidual, at, n), part(residual, at, n))
     if alone:
         input_grad_row(*arrays, w, mean_hi, rstd, None, None, gain, scale, shift, activation)
     else:
         input_grad_row(*arrays, w, mean_hi, rstd, slope, offset, gain, scale, shift, activation)
 
 
+write_input_grad = writer(input_grad_lanes)
+
+
 @loop
 def input_grad_chunk(g, x, dy, dx, dresidual, residual, activation, weights, index, chunk, t, constant):
     """Dx of one chunk of rows of a block, by the terms ``t``."""
     cut, own = unpack(g), locate(g, index)
-    x, dy, dx, block_of_dx = borrowed(x), borrowed(dy), borrowed(dx), block_like(dx)
-    for r in range(chunk * cut.chunk, rows_end(cut, chunk)):
-        lanes, first = row_lanes(cut, own, r), own.base + r * cut.lanes + own.lane
+    x, dy, dx, seam, stream = borrowed(x), borrowed(dy), borrowed(dx), block_like(dx), no_stream()
+    start, end = chunk * cut.chunk, rows_end(cut, chunk)
+    rows = rows_in_one(cut, own, end - start, weights)
+    for r in range(start, end, rows):
         own_weights = entry(weights, own.batch)
         w, alone = entry(own_weights, r), constant or row_weight(own_weights, r) == 0.0
-        i, n = 0, before_blocks(dx, first, lanes, cut.streamed)
-        while i < lanes:
-            at = first + i
-            input_grad_lanes(
-                row(x, at, n), row(dy, at, n), row(dx, at, n), part(dresidual, at, n), part(residual, at, n),
-                w, t, i, n, activation, alone,
-            )  # fmt: skip
-            i += n
-            n = block_of_dx.shape[0]
-            while i + n <= lanes:
-                at = first + i
-                input_grad_lanes(
-                    row(x, at, n), row(dy, at, n), block_of_dx, part(dresidual, at, n), part(residual, at, n),
-                    w, t, i, n, activation, alone,
-                )  # fmt: skip
-                store_block(block_of_dx, dx, at)
-                i += n
-            n = lanes - i
-    finish(cut.streamed)
+        given = (x, dy, dresidual, residual, w, t, own.lanes, activation, alone)
+        first = own.base + r * cut.lanes + own.lane
+        stream = write_input_grad(dx, seam, stream, cut.streamed, first, lanes_in(cut, own, r, rows), given)
+    finish(dx, seam, stream, cut.streamed)

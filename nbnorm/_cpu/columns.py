@@ -19,6 +19,7 @@ from nbnorm._cpu.blocks import (
     spread_affine,
     spread_for_sums,
     spread_gradient_terms,
+    term_length,
 )
 from nbnorm._cpu.grid import fused, geometry, place, unpack
 from nbnorm._cpu.launch import Twins
@@ -38,9 +39,9 @@ __all__ = [
 def forward_kernel(g, x, y, weight, bias, residual, activation, weights, counts, eps, mean, m2, rstd):
     """One block per task: its moments, then its normalization from cache."""
     cut = unpack(g)
-    chunks, block = cut.chunks, cut.block
+    chunks, block, length = cut.chunks, cut.block, term_length(cut, x)
     for index in prange(cut.batch * cut.blocks):
-        pool, moments, terms = wide((4, block)), wide((chunks, 2, block)), scratch((3, block), x)
+        pool, moments, terms = wide((4, block)), wide((chunks, 2, block)), scratch((3, length), x)
         for chunk in range(chunks):
             chunk_moments(g, x, weights, index, chunk, pool, moments)
         block_moments(g, x, weights, index, pool, moments, mean, m2)
@@ -57,9 +58,9 @@ def passes_kernel(g, x, y, weight, bias, residual, activation, weights, counts, 
     Without eps there is no rstd of these moments; without moments, mean and rstd are given.
     """
     cut = unpack(g)
-    blocks, chunks, block = cut.batch * cut.blocks, cut.chunks, cut.block
+    blocks, chunks, block, length = cut.batch * cut.blocks, cut.chunks, cut.block, term_length(cut, x)
     # Room for both in any case: Numba's parallel loops cannot take an array that may be None.
-    moments, terms = wide((blocks, chunks, 2, block)), scratch((blocks, 3, block), x)
+    moments, terms = wide((blocks, chunks, 2, block)), scratch((blocks, 3, length), x)
     if m2 is not None:
         for task in prange(blocks * chunks):
             (index, chunk), pool = place(g, task), wide((4, block))
@@ -87,14 +88,14 @@ def gradient_passes_kernel(
     Where ``constant`` is None, sums are computed; else they are given, and it says whether statistics are constants.
     """
     cut = unpack(g)
-    blocks, chunks, block = cut.batch * cut.blocks, cut.chunks, cut.block
+    blocks, chunks, block, length = cut.batch * cut.blocks, cut.chunks, cut.block, term_length(cut, x)
     fixed = False if constant is None else constant
     lane_sums = wide((blocks, chunks if constant is None else 0, 4, block))
-    terms = scratch((blocks, 8, block), x)
+    terms = scratch((blocks, 8, length), x)
     if constant is None:
         for task in prange(blocks * chunks):
             # Terms once more for each chunk: a pass of their own would start the threads once more.
-            (index, chunk), own = place(g, task), scratch((8, block), x)
+            (index, chunk), own = place(g, task), scratch((8, length), x)
             spread_for_sums(g, index, mean, rstd, weight, bias, activation, own)
             chunk_grad_sums(g, x, dy, residual, activation, weights, index, chunk, own, lane_sums[index])
     for index in prange(blocks):
@@ -121,9 +122,9 @@ def backward_kernel(
 ):  # fmt: skip
     """One block per task: its sums, then its dx from cache."""
     cut = unpack(g)
-    chunks, block = cut.chunks, cut.block
+    chunks, block, length = cut.chunks, cut.block, term_length(cut, x)
     for index in prange(cut.batch * cut.blocks):
-        pool, lane_sums, terms = wide((4, block)), wide((chunks, 4, block)), scratch((8, block), x)
+        pool, lane_sums, terms = wide((4, block)), wide((chunks, 4, block)), scratch((8, length), x)
         spread_for_sums(g, index, mean, rstd, weight, bias, activation, terms)
         for chunk in range(chunks):
             chunk_grad_sums(g, x, dy, residual, activation, weights, index, chunk, terms, lane_sums)

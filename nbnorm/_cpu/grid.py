@@ -147,12 +147,22 @@ def locate(g, index):
 
 
 @helper
-def row_lanes(cut, own, r):
-    """Lanes that row ``r`` of a block has: the row after the whole ones is the spare one."""
-    return own.lanes if r < cut.rows else cut.spare
-
-
-@helper
 def rows_end(cut, chunk):
     """One past the last row of a chunk, the spare row included."""
     return min((chunk + 1) * cut.chunk, cut.rows) + (chunk == cut.chunks - 1 and cut.spare > 0)
+
+
+@helper
+def rows_in_one(cut, own, rows, weights):
+    """How many of some rows are written in one go: all, if they are streamed and lie one behind the other.
+
+    Under a mask each has a weight of its own.
+    """
+    return rows if cut.streamed and weights is None and own.lanes == cut.lanes else 1
+
+
+@helper
+def lanes_in(cut, own, r, rows):
+    """How many lanes of a block rows [r, r + rows) have: the row after the whole ones is the spare one."""
+    spare = r + rows > cut.rows
+    return (rows - spare) * own.lanes + (cut.spare if spare else 0)

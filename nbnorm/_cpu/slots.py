@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from nbnorm._cpu.cut import block, bounds, positions, runs, unpack
@@ -10,7 +12,7 @@ from nbnorm._cpu.memory import borrowed, entry, part, row
 from nbnorm._cpu.scratch import room, scratch, wide
 from nbnorm._cpu.segments import apply_block, apply_segment, input_grad_segment, summands
 from nbnorm._cpu.short_slots import SLOTS, short_moments
-from nbnorm._cpu.streams import before_blocks, block_like, finish, store_block
+from nbnorm._cpu.streams import block_like, finish, no_stream, writer
 from nbnorm._cpu.tiles import (
     FOUR,
     PIECE,
@@ -116,11 +118,25 @@ def run_affine(cut, x, slot, j, mean, rstd, weight, bias):
     return affine(mean, rstd, parameter(weight, p, 1.0), parameter(bias, p, 0.0), x)
 
 
+def _piece(apply: Any) -> Any:
+    """Return a function for `writer` that normalizes some neighbours of a run."""
+
+    @inlined
+    def piece(y, at, i, n, given):
+        x, residual, own, activation = given
+        apply(row(x, at, n), y, part(residual, at, n), *own, activation)
+
+    return piece
+
+
+write_run = writer(_piece(apply_segment), _piece(apply_block))
+
+
 @helper
 def apply_chunk(g, x, y, slot, slots, chunk, mean, rstd, weight, bias, residual, activation):
     """Normalize one chunk of each of some slots, run by run."""
     cut = unpack(g)
-    x, y, block_of_y = borrowed(x), borrowed(y), block_like(y)
+    x, y, seam, stream = borrowed(x), borrowed(y), block_like(y), no_stream()
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
     for r in range(r0, r0 + rows):
@@ -129,19 +145,9 @@ def apply_chunk(g, x, y, slot, slots, chunk, mean, rstd, weight, bias, residual,
                 start, size = bounds(cut, j, c0, cols)
                 first = (r * cut.group + k) * cut.inner + start
                 own = run_affine(cut, x, k, j, mean[k], rstd[k], weight, bias)
-                i, n = 0, before_blocks(y, first, size, cut.streamed)
-                while i < size:
-                    at = first + i
-                    apply_segment(row(x, at, n), row(y, at, n), part(residual, at, n), *own, activation)
-                    i += n
-                    n = block_of_y.shape[0]
-                    while i + n <= size:
-                        at = first + i
-                        apply_block(row(x, at, n), block_of_y, part(residual, at, n), *own, activation)
-                        store_block(block_of_y, y, at)
-                        i += n
-                    n = size - i
-    finish(cut.streamed)
+                given = (x, residual, own, activation)
+                stream = write_run(y, seam, stream, cut.streamed, first, size, given)
+    finish(y, seam, stream, cut.streamed)
 
 
 @inlined
@@ -266,14 +272,20 @@ def run_terms(cut, x, slot, j, mean, rstd, weight, bias, terms):
 
 
 @inlined
-def input_grad_part(x, dy, dx, dresidual, residual, weights, own, activation, constant):
-    """Dx of neighbours in one run, by its `run_terms`."""
+def input_grad_piece(dx, at, i, n, given):
+    """Dx of some neighbours of a run, by its `run_terms`."""
+    x, dy, dresidual, residual, weights, own, activation, constant = given
     mean_hi, hat_scale, slope, offset, gain, scale, shift = own
-    arrays = (x, dy, dx, dresidual, residual, weights)
+    arrays = (
+        row(x, at, n), row(dy, at, n), dx, part(dresidual, at, n), part(residual, at, n), part(weights, i, n),
+    )  # fmt: skip
     if constant:
         input_grad_segment(*arrays, mean_hi, hat_scale, None, None, gain, scale, shift, activation)
     else:
         input_grad_segment(*arrays, mean_hi, hat_scale, slope, offset, gain, scale, shift, activation)
+
+
+write_input_grad = writer(input_grad_piece)
 
 
 @loop
@@ -283,7 +295,7 @@ def input_grad_chunk(
 ):  # fmt: skip
     """Dx of one chunk of each of some slots, run by run."""
     cut = unpack(g)
-    x, dy, dx, block_of_dx = borrowed(x), borrowed(dy), borrowed(dx), block_like(dx)
+    x, dy, dx, seam, stream = borrowed(x), borrowed(dy), borrowed(dx), block_like(dx), no_stream()
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
     for r in range(r0, r0 + rows):
@@ -293,22 +305,6 @@ def input_grad_chunk(
                 first = (r * cut.group + k) * cut.inner + start
                 own_weights = positions(entry(weights, k // cut.period), cut, r, j, start, size)
                 own = run_terms(cut, x, k, j, mean[k], rstd[k], weight, bias, terms[k])
-                i, n = 0, before_blocks(dx, first, size, cut.streamed)
-                while i < size:
-                    at = first + i
-                    input_grad_part(
-                        row(x, at, n), row(dy, at, n), row(dx, at, n), part(dresidual, at, n), part(residual, at, n),
-                        part(own_weights, i, n), own, activation, constant,
-                    )  # fmt: skip
-                    i += n
-                    n = block_of_dx.shape[0]
-                    while i + n <= size:
-                        at = first + i
-                        input_grad_part(
-                            row(x, at, n), row(dy, at, n), block_of_dx, part(dresidual, at, n), part(residual, at, n),
-                            part(own_weights, i, n), own, activation, constant,
-                        )  # fmt: skip
-                        store_block(block_of_dx, dx, at)
-                        i += n
-                    n = size - i
-    finish(cut.streamed)
+                given = (x, dy, dresidual, residual, own_weights, own, activation, constant)
+                stream = write_input_grad(dx, seam, stream, cut.streamed, first, size, given)
+    finish(dx, seam, stream, cut.streamed)
