@@ -6,11 +6,13 @@ float64 for float64 arrays and float32 for all others (an array ``like`` stands 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import sqrt
 from typing import Any
 
 import numpy as np
 from numba import njit, types
+from numba.core.dispatcher import Dispatcher
 from numba.core.typing.templates import infer, infer_global, make_intrinsic_template
 from numba.extending import overload
 
@@ -23,9 +25,27 @@ INNER: dict[str, Any] = {
     "error_model": "numpy", "fastmath": False, "forceinline": False, "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True, "pipeline_class": Inner, "_nrt": False,
 }  # fmt: skip
-formula = njit(**INNER)
+
+
+def inner(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Return a decorator for functions that kernels take in, with these options besides `INNER`.
+
+    Numba would compile them once more for every number that is written out where they are called.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        compiled = njit(**{**INNER, **options})(function)
+        if isinstance(compiled, Dispatcher):  # plain Python under NUMBA_DISABLE_JIT=1
+            template = compiled.get_call_template
+            compiled.get_call_template = lambda args, kws: template(tuple(map(types.unliteral, args)), kws)
+        return compiled
+
+    return decorate
+
+
+formula = inner()
 # Of the shape a * b + c, whose product and sum are rounded once where the machine can, the same way everywhere.
-fused_formula = njit(**{**INNER, "fastmath": {"contract"}})
+fused_formula = inner(fastmath={"contract"})
 
 
 def by_type(function: Any) -> Any:

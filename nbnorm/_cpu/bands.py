@@ -232,16 +232,10 @@ def finish_rows(g, x, dy, dx, seam, stream, first, rows, chunk, terms, weight, b
     if sums is not None:  # before dx, which may go into dy
         parameter_grads(g, x, dy, first, rows, chunk, terms, band, sums)
     if dx is not None:
-        step = unpack(g).period
-        if short_rows(g):  # these are never streamed, and notice who could do it
-            for k in range(rows):
-                start, size, p = span(g, first + k * step, chunk)
-                input_grad_piece(row(dx, start, size), start, 0, size, (x, dy, weight, p, terms, k))
-        else:
-            for k in range(rows):
-                start, size, p = span(g, first + k * step, chunk)
-                given = (x, dy, weight, p, terms, k)
-                stream = write_input_grad(dx, seam, stream, unpack(g).streamed, start, size, given)
+        for k in range(rows):
+            start, size, p = span(g, first + k * unpack(g).period, chunk)
+            given = (x, dy, weight, p, terms, k)
+            stream = write_input_grad(dx, seam, stream, unpack(g).streamed, start, size, given)
     return stream
 
 

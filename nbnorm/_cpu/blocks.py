@@ -61,8 +61,7 @@ def chunk_moments(g, x, weights, index, chunk, pool, moments):
 def block_moments(g, x, weights, index, pool, moments, mean, m2):
     """Merge chunks, folds and the spare row of a block, then the lanes of each slot."""
     cut, own = unpack(g), locate(g, index)
-    # As numbers written out these would have `merge_sets` compiled twice.
-    down, across = np.int64(1), np.int64(0)
+    down, across = 1, 0
     counts, folds = chunk_weights(g, weights, own.batch), wide(cut.fold)
     n = merge_sets(moments, cut.chunks, down, across, counts, row(x, 0, 0), own.lanes, pool)
     fill(row(folds, 0, cut.fold), n)
@@ -109,8 +108,8 @@ def spread(g, own, terms, first, end, run):
         for f in range(1, cut.fold):
             copy_row(row(values, f * own.width, own.width), row(values, 0, own.width))
         if cut.streamed:
-            for i in range(own.lanes, own.lanes + terms.shape[1] - cut.block):
-                values[i] = values[i - own.lanes]
+            n = terms.shape[1] - cut.block
+            copy_row(row(values, own.lanes, n), row(values, 0, n))
 
 
 @helper

@@ -12,7 +12,7 @@ from nbnorm._cpu.cache import Cache
 from nbnorm._cpu.halves import computing, stored
 from nbnorm._cpu.team import team
 from nbnorm._inner import Called, Inlined, Loop, Outer, ShortLoop, Wide
-from nbnorm._math import INNER
+from nbnorm._math import inner
 
 # Elements below which waking a team of threads costs more than it saves (benchmarks/bench_batch_norm.py, Small).
 PARALLEL_MIN = 32768
@@ -23,27 +23,26 @@ _PRANGE: dict[str, bool] = dict.fromkeys(
     ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion"), False
 )
 
-helper = njit(**INNER)
+helper = inner()
 # For what makes arrays of its own; it cannot hand them back to a `helper`, which would not free them.
-allocating = njit(**{**INNER, "_nrt": True})
+allocating = inner(_nrt=True)
 # All others are for loops over elements of rows (`memory.row`): what one round writes, no other reads or writes.
 # Results may lie where an input does, element on element; a loop whose rounds depend on each other is for a helper.
 #
 # For loops that a kernel needs in several places, and for what rarely runs: taken in everywhere, they were much of
 # LLVM's work, and no kernel was faster for it.
-called = njit(**{**INNER, "pipeline_class": Called})
+called = inner(pipeline_class=Called)
 # For a loop over so few elements that handing over its arrays, seven words each, would take as long.
-inlined = njit(**{**INNER, "pipeline_class": Inlined, "forceinline": True})
+inlined = inner(pipeline_class=Inlined, forceinline=True)
 # For loops that are optimized before a kernel takes them in: otherwise some are a tenth slower, some not vectorized.
-_LOOP: dict[str, Any] = {**INNER, "pipeline_class": Loop}
-loop = njit(**_LOOP)
+loop = inner(pipeline_class=Loop)
 # Sums side by side: a product and the sum it enters may be rounded once.
-contracted = njit(**{**_LOOP, "fastmath": {"contract"}})
+contracted = inner(pipeline_class=Loop, fastmath={"contract"})
 # The least that lets LLVM vectorize a sum; NaN and Inf keep their meaning. Short segments would notice a call.
-_REDUCTION: dict[str, Any] = {**_LOOP, "fastmath": {"reassoc", "contract"}, "forceinline": True}
-reduction = njit(**_REDUCTION)
+_REDUCTION: dict[str, Any] = {"fastmath": {"reassoc", "contract"}, "forceinline": True}
+reduction = inner(pipeline_class=Loop, **_REDUCTION)
 # For few elements.
-short_reduction = njit(**{**_REDUCTION, "pipeline_class": ShortLoop})
+short_reduction = inner(pipeline_class=ShortLoop, **_REDUCTION)
 
 
 def kernel(body: Callable[..., Any], **options: Any) -> Any:

@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba import types
 
 from nbnorm._cpu.lanes import copy_row
-from nbnorm._cpu.launch import called, helper, inlined
+from nbnorm._cpu.launch import helper, inlined
 from nbnorm._cpu.memory import LINE, row
 from nbnorm._cpu.row_type import Row, data_of, element_size, emit_row
 from nbnorm._math import emitted
@@ -199,34 +199,28 @@ def writer(piece: Any, whole_block: Any = None) -> Any:
     """
     whole_block = whole_block or piece
 
-    @called  # short rows notice its code where they are written plainly; it accesses no element by itself
-    def past(y, seam, start, first, i, size, given):
-        """Write from element ``i`` on, block by block."""
+    @inlined
+    def write(y, seam, stream, streamed, first, size, given):
+        """Write ``size`` neighbours from element ``first`` on."""
         block = block_like(y)
-        whole = block.shape[0]
-        n = min(size - i, (start - first - i) % whole)
+        i, n, whole = 0, size, block.shape[0]
+        if streamed:
+            stream = follow(y, seam, stream, first, size)
+            ahead = stream.start - first
+            n = min(size, ahead if ahead > 0 else ahead % whole)
         while i < size:
-            held = (first + i - start) % whole
-            piece(row(seam, held, n), first + i, i, n, given)
+            at = first + i
+            held = (at - stream.start) % whole
+            in_seam = streamed and at >= stream.start
+            piece(row(seam, held, n) if in_seam else row(y, at, n), at, i, n, given)
             i += n
-            if held + n == whole:
+            if in_seam and held + n == whole:
                 store_block(seam, y, first + i - whole)
             while i + whole <= size:
                 whole_block(block, first + i, i, whole, given)
                 store_block(block, y, first + i)
                 i += whole
             n = size - i
-
-    @inlined
-    def write(y, seam, stream, streamed, first, size, given):
-        """Write ``size`` neighbours from element ``first`` on."""
-        plain = size
-        if streamed:
-            stream = follow(y, seam, stream, first, size)
-            plain = min(size, max(stream.start - first, 0))
-        piece(row(y, first, plain), first, 0, plain, given)
-        if plain < size:
-            past(y, seam, stream.start, first, plain, size, given)
         return stream
 
     return write
