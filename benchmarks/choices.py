@@ -59,55 +59,54 @@ WIDE = (
     (256, 512), (256, 2048), (512, 2048), (768, 2048), (1024, 2048), (512, 4096), (1024, 4096), (1568, 2048),
     (3136, 1536), (8192, 2048),
 )  # fmt: skip
-# Cases around the last-level cache, and around as many neighbours as are worth it.
+# Cases around the last-level cache and past it; of short and long segments, rows and columns.
 STREAMS = (
+    *(Case("batch", (n, 64, 64, 64)) for n in (8, 10, 12, 14, 16, 24, 64)),
+    *(Case("batch", (n, 256, 32, 32), channels_last=True) for n in (8, 10, 12, 14, 16, 24, 64)),
+    *(Case("layer", (n, 1024)) for n in (2048, 2560, 3072, 4096, 8192, 32768)),
+    *(Case("layer", ((1 << 24) // n, n)) for n in (64, 96, 128, 160, 192, 256, 384, 512, 768)),
     *(
         Case("batch", shape)
-        for shape in [
-            (8, 64, 64, 64),
-            (10, 64, 64, 64),
-            (12, 64, 64, 64),
-            (16, 64, 56, 56),
-            (24, 64, 56, 56),
-            (32, 64, 56, 56),
-            (32, 64, 112, 112),
-        ]
+        for shape in (
+            (32, 1024, 14, 14), (64, 512, 16, 16), (32, 512, 20, 20), (32, 512, 24, 24), (32, 512, 28, 28),
+            (32, 64, 56, 56), (32, 256, 40, 40), (32, 64, 112, 112),
+        )
     ),
     *(
         Case("batch", shape, channels_last=True)
-        for shape in [
-            (10, 256, 32, 32),
-            (8, 256, 40, 40),
-            (14, 64, 64, 64),
-            (16, 512, 20, 20),
-            (32, 64, 56, 56),
-            (32, 64, 112, 112),
-            (32, 512, 28, 28),
-            (32, 2048, 7, 7),
-        ]
+        for shape in (
+            (8, 256, 40, 40), (32, 64, 56, 56), (32, 64, 112, 112), (106, 200, 28, 28), (32, 512, 28, 28),
+            (32, 1024, 14, 14), (32, 2048, 7, 7), (16, 4096, 14, 14),
+        )
     ),
-    *(
-        Case("batch", shape)
-        for shape in [(32, 1024, 14, 14), (32, 512, 24, 24), (32, 512, 28, 28), (32, 256, 40, 40)]
-    ),
-    *(
-        Case("layer", shape)
-        for shape in [(2048, 1024), (2560, 1024), (4096, 1024), (8192, 1024), (32768, 1024), (128, 50257)]
-    ),
-    *(Case("layer", shape) for shape in [(32768, 512), (32768, 640), (32768, 768), (32768, 896)]),
     *(
         Case(norm, shape, last, dtype=dtype)
-        for norm, shape, last in [
-            ("batch", (64, 256, 40, 40), False),
-            ("batch", (64, 64, 80, 80), False),
-            ("batch", (64, 512, 56, 56), True),
-            ("batch", (64, 2048, 14, 14), True),
+        for dtype in ("float16", "bfloat16")
+        for norm, shape, last in (
+            ("batch", (64, 512, 28, 28), False),
+            ("batch", (64, 128, 56, 56), False),
+            ("batch", (167, 256, 28, 28), True),
+            ("batch", (64, 512, 28, 28), True),
+            ("batch", (64, 1024, 14, 14), True),
+            ("layer", (65536, 256), False),
+            ("layer", (65536, 512), False),
             ("layer", (32768, 1024), False),
             ("layer", (16384, 2048), False),
-        ]
-        for dtype in ("float16", "bfloat16")
+        )
     ),
-)
+)  # fmt: skip
+# Cases of batch norm whose results are written past the caches.
+PAST = (
+    *(
+        Case("batch", shape)
+        for shape in (
+            (32, 1024, 14, 14), (32, 512, 20, 20), (32, 512, 28, 28), (8, 256, 40, 40), (16, 128, 56, 56),
+            (32, 64, 56, 56), (32, 256, 56, 56), (8, 64, 160, 160), (32, 64, 112, 112),
+        )
+    ),
+    Case("batch", (64, 512, 28, 28), dtype="float16"),
+    Case("batch", (64, 128, 56, 56), dtype="bfloat16"),
+)  # fmt: skip
 
 
 def show(title: str, calls: dict[Any, Callable[[], object]]) -> None:
@@ -268,6 +267,23 @@ def together() -> None:
             show(f"slots together, {case.norm} {name} {case.shape}, chosen {chosen.slots}", calls)
 
 
+def past() -> None:
+    """Batch norm whose results are written past the caches, of more and more neighbouring slots together."""
+    for case in PAST:
+        for name in ("forward", "backward"):
+            call, b = prepare(name, case)
+            view = batch_view(b.x.shape, b.x.strides, b.x.itemsize, 1)
+            assert view is not None
+            chosen = cut.Cut(*planes.geometry(view, 2, False, moved(name, b), b.x.dtype.char).tolist())
+            numbers = sorted({1, 2, 4, 8, 16, 32}, key=lambda n: n != 1)
+            ways: dict[Any, Callable[[], object]] = {
+                n: with_cut(chosen._replace(streamed=1, slots=n), call) for n in numbers
+            }
+            ways["copy"] = lambda b=b: np.copyto(b.out, b.dy)
+            own = chosen.slots if chosen.streamed else "plain"
+            show(f"slots past the caches, {name} {case.shape} {case.dtype}, chosen {own}", ways)
+
+
 def rows_together() -> None:
     """Layer norm of which more and more rows are taken together, pass after pass; in cache and past it."""
     for width, size in product(
@@ -298,7 +314,7 @@ def fetched() -> None:
             call, b = prepare("forward", Case("layer", shape, dtype=dtype))
             view = trailing_view(b.x.shape, b.x.strides, b.x.itemsize, 1)
             assert view is not None
-            chosen = spans.Cut(*rows.geometry(view, 2, False, moved("forward", b), b.x.itemsize < 4).tolist())
+            chosen = spans.Cut(*rows.geometry(view, 2, False, moved("forward", b), b.x.dtype.char).tolist())
             ways = {n: with_cut(chosen._replace(ahead=n), call) for n in (0, chosen.step)}
             show(f"rows in advance, {shape} {dtype}, chosen {chosen.ahead}", ways)
 
@@ -316,7 +332,7 @@ def streamed() -> None:
                 "plain": with_cut(plain, call), "streamed": with_cut(past, call)
             }  # fmt: skip
             ways["copy"] = lambda b=b: np.copyto(b.out, b.dy)
-            chosen = kind(*walk.geometry(view, 2, False, moved(name, b), b.x.itemsize < 4).tolist()).streamed
+            chosen = kind(*walk.geometry(view, 2, False, moved(name, b), b.x.dtype.char).tolist()).streamed
             show(f"streams, {name} of {case} {case.dtype}, chosen {'streamed' if chosen else 'plain'}", ways)
 
 
@@ -327,6 +343,7 @@ if __name__ == "__main__":
     folded()
     widths()
     together()
+    past()
     rows_together()
     fetched()
     streamed()

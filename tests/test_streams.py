@@ -1,29 +1,37 @@
 """Results that are written past the caches, of which small arrays make no use by themselves."""
 
+import math
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 import nbnorm
 from nbnorm import _cpu
-from nbnorm._cpu import grid, spans, streams
+from nbnorm._cpu import cut, grid, spans, streams
 from nbnorm._view import batch_view, trailing_view
 
 ROWS, PLANES = (7, 1555), (5, 3, 29, 31)
 FEATURES = (23, 615)
 SHAPES = {
     "planes": PLANES,
+    "short": (4, 64, 15, 15),
     "side by side": (3, 6, 31, 33),  # of group norm, whose slots and runs lie one behind the other
     "features": FEATURES,
-    "folded": (333, 19),
+    "folded": (2222, 19),
     "chunks": (1111, 301),
     "blocks": (37, 4200),
     "layer": ROWS,
+    "narrow": (301, 200),
     "long": (2, 70001),
     "groups": (9, 1602),  # two rows a sample
     "rms": ROWS,
 }
-NORMS = {"layer": "layer", "long": "layer", "rms": "rms", "groups": "group", "side by side": "group"}
+NORMS = dict.fromkeys(("layer", "narrow", "long"), "layer") | {
+    "rms": "rms",
+    "groups": "group",
+    "side by side": "group",
+}
 ENDLESS = 1 << 60
 
 
@@ -37,10 +45,7 @@ def set_last_level(monkeypatch, size):
 @pytest.fixture
 def everything_is_streamed(monkeypatch):
     set_last_level(monkeypatch, 0)
-    monkeypatch.setattr(streams, "SHORTEST_HALVES", streams.SHORTEST_LANES)
-    for halves in (False, True):
-        assert streams.worthwhile(1, min(PLANES[2] * PLANES[3], ROWS[1]), halves)
-        assert streams.worthwhile(1, FEATURES[1], halves, streams.SHORTEST_LANES)
+    monkeypatch.setattr(streams, "LEAST_OF_HALVES", {})
     yield
     set_last_level(monkeypatch, ENDLESS)
 
@@ -85,6 +90,8 @@ CASES = [
         {"activation": "relu", "residual": lambda shape: np.linspace(-1, 1, np.prod(shape)).reshape(shape)},
     ),
     ("planes", np.float32, {"mask": np.arange(5.0).reshape(5, 1, 1)}),
+    ("short", np.float32, {}),
+    ("short", np.float16, {"activation": "relu"}),
     ("features", np.float32, {}),
     ("features", np.float32, {"mask": np.arange(23.0)}),
     ("folded", np.float32, {"activation": "relu"}),
@@ -93,6 +100,7 @@ CASES = [
     ("blocks", ml_dtypes.bfloat16, {"activation": "silu"}),
     ("side by side", np.float32, {"activation": "relu"}),
     ("layer", np.float32, {}),
+    ("narrow", np.float32, {}),
     ("long", np.float32, {}),
     ("groups", np.float64, {}),
     ("rms", ml_dtypes.bfloat16, {}),
@@ -141,36 +149,48 @@ def test_a_gradient_may_be_streamed_into_dy():
     np.testing.assert_array_equal(dy, expected)
 
 
-def test_what_is_streamed_follows_from_size_and_neighbours():
+@pytest.mark.parametrize("letter", ["f", "d", *streams.LEAST_OF_HALVES])
+def test_what_is_streamed_follows_from_sizes(letter):
     size = int(streams.FULL * streams.last_level())
-    assert size >= 3 << 16
-    for halves, shortest in ((False, streams.SHORTEST), (True, streams.SHORTEST_HALVES)):
-        assert streams.worthwhile(size + 1, shortest, halves)
-        assert not streams.worthwhile(size, shortest, halves)
-        assert not streams.worthwhile(size + 1, shortest - 1, halves)
+    shortest, stretch = streams.LEAST_OF_HALVES.get(letter, streams.LEAST)
+    assert streams.worthwhile(size + 1, shortest, stretch, letter)
+    assert not streams.worthwhile(size, shortest, stretch, letter)
+    assert not streams.worthwhile(size + 1, shortest - 1, stretch, letter)
+    assert not streams.worthwhile(size + 1, shortest, stretch - 1, letter)
 
 
-@pytest.mark.parametrize(("lanes", "halves"), [(256, False), (2048, True)])
-def test_columns_are_streamed_past_the_caches(lanes, halves):
-    """By the same rule, but for fewer neighbours."""
-    size = int(streams.FULL * streams.last_level())
-    views = [batch_view((1 << 14, n), (n * 4, 4), 4, 1) for n in (lanes, lanes - 1)]
-    wide, narrow = ([grid.geometry(view, 2, False, size + k, halves)[-1] for k in (0, 1)] for view in views)
-    assert (wide, narrow) == ([0, 1], [0, 0])
+def test_letters_of_halves():
+    assert {np.dtype(dtype).char for dtype in (np.float16, ml_dtypes.bfloat16)} == set(
+        streams.LEAST_OF_HALVES
+    )
 
 
-@pytest.mark.parametrize("told", [streams.MOST, 8 * streams.MOST])
-def test_rows_that_are_taken_together_are_never_streamed(told, monkeypatch):
-    """They are written without asking."""
-    monkeypatch.setattr(streams, "told", lambda: told)
-    cuts = [
-        spans.Cut(*spans.geometry(trailing_view((64, n), (n * 4, 4), 4, 1), 2, False, size, halves))
-        for n in (1, 256, 257, 768, 2048, 4096, 4097)
-        for size in (1 << 10, streams.MOST // 2, streams.MOST + 1, 1 << 40)
-        for halves in (False, True)
-    ]
-    assert {cut.streamed for cut in cuts if cut.step == 1} == {False, True}
-    assert {cut.streamed for cut in cuts if cut.step > 1 or cut.together == spans.ROWS} == {False}
+# Shapes, with how many neighbours are written together, and whether a stretch goes on from one row or segment to the
+# next; where it does not, it must be longer.
+SHORTEST, STRETCH = streams.LEAST
+GEOMETRIES = [
+    (grid, batch_view, (1 << 14, 320), True),
+    (grid, batch_view, (1 << 14, SHORTEST), True),
+    (grid, batch_view, (33, 5 * grid.CACHED_LANES), True),
+    (grid, batch_view, (255, 5 * grid.CACHED_LANES), False),
+    (grid, batch_view, (1, 2 * SHORTEST), False),
+    (cut, batch_view, (64, 64, SHORTEST), True),
+    (cut, batch_view, (64, 64, SHORTEST - 1), False),
+    (cut, batch_view, (64, 3, SHORTEST), False),
+    (cut, batch_view, (64, 3, STRETCH), True),
+    (spans, trailing_view, (1 << 14, SHORTEST), True),
+    (spans, trailing_view, (1 << 14, SHORTEST - 1), False),
+]
+
+
+@pytest.mark.parametrize(("walk", "planner", "shape", "expected"), GEOMETRIES)
+def test_which_arrays_are_streamed(walk, planner, shape, expected):
+    strides = tuple(4 * math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    view = planner(shape, strides, 4, 1)
+    large, small = (
+        walk.Cut(*walk.geometry(view, 2, False, size).tolist()).streamed for size in (1 << 40, 1 << 10)
+    )
+    assert (bool(large), small) == (expected, 0)
 
 
 @pytest.mark.parametrize(

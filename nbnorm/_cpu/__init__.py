@@ -36,13 +36,13 @@ class Start(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def start(view: View, threads: int, masked: bool, size: int, halves: bool) -> Start:
+def start(view: View, threads: int, masked: bool, size: int, letter: str) -> Start:
     """Choose how to walk a view; ``size`` is that of all arrays in bytes.
 
     A traversal is imported when a view asks for it: few programs need all three (benchmarks/bench_start.py).
     """
     walk = import_module(f"nbnorm._cpu.{view.traversal}")
-    return Start(walk, walk.geometry(view, threads, masked, size, halves), walk.fused(view, threads, masked))
+    return Start(walk, walk.geometry(view, threads, masked, size, letter), walk.fused(view, threads, masked))
 
 
 def moments(
@@ -87,7 +87,7 @@ def apply(view: View, x: Array, y: Array, mean: Array | None, rstd: Array, epilo
     """Normalize x with given statistics into y."""
     if view.size:
         threads = threads_for(view.size)
-        walk, g, _ = start(view, threads, False, 2 * x.nbytes, x.itemsize < 4)
+        walk, g, _ = start(view, threads, False, 2 * x.nbytes, x.dtype.char)
         options = _options(view, epilogue, None)
         walk.passes_kernel(threads, g, flat(x), flat(y), *options, None, mean, None, rstd)
 
@@ -106,7 +106,7 @@ def forward(
     mean = np.zeros(view.slots) if centered else None
     if view.size:
         threads = threads_for(view.size)
-        walk, g, team = start(view, threads, mask is not None, 2 * x.nbytes, x.itemsize < 4)
+        walk, g, team = start(view, threads, mask is not None, 2 * x.nbytes, x.dtype.char)
         run = walk.forward_kernel if team else walk.passes_kernel
         options = _options(view, epilogue, mask)
         run(team or threads, g, flat(x), flat(y), *options, eps, mean, m2, slot_rstd)
@@ -197,7 +197,7 @@ def _row_gradients(
 
 def _gradient_start(view, threads, x, dx, mask):
     """Return the start of a walk over x, dy and dx, if there is room for it."""
-    return start(view, threads, mask is not None, 0 if dx is None else 3 * x.nbytes, x.itemsize < 4)
+    return start(view, threads, mask is not None, 0 if dx is None else 3 * x.nbytes, x.dtype.char)
 
 
 def _counts(count: float | Array) -> tuple[float, Array | None]:

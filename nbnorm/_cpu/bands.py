@@ -91,7 +91,7 @@ def normalize_chunk(g, x, y, seam, stream, r, chunk, mean, rstd, weight, bias):
 
 @inlined
 def normalize_short(g, x, y, r, mean, rstd, weight, bias):
-    """Normalize a row of those that are taken together: it is never streamed, and notices the walk over blocks."""
+    """Normalize one of the rows that are taken together: they are short, and notice who could stream them."""
     first, n, p = span(g, r, 0)
     own = affine(mean, rstd, 1.0, 0.0, x)
     apply_line(row(x, first, n), row(y, first, n), *own, part(weight, p, n), part(bias, p, n))
@@ -125,7 +125,7 @@ def forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd):
         reciprocal_stds(row(m2, first, n), np.float64(cut.inner), eps, row(rstd, first, n))
         fetch_rows(g, x, last, last + cut.ahead)
         for r in range(first, last):
-            if cut.step > 1:
+            if cut.step > 1 and not cut.streamed:
                 normalize_short(g, x, y, r, value_of(mean, r), rstd[r], weight, bias)
             else:
                 for chunk in range(cut.chunks):

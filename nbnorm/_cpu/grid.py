@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nbnorm._cpu.launch import helper, shares
-from nbnorm._cpu.streams import SHORTEST_LANES, worthwhile
+from nbnorm._cpu.streams import worthwhile
 from nbnorm._cpu.tiles import CHUNK
 from nbnorm._view import View
 
@@ -62,9 +62,7 @@ class Cut(NamedTuple):
     streamed: int  # whether results are written past the caches
 
 
-def geometry(
-    view: View, threads: int, masked: bool = False, size: int = 0, halves: bool = False
-) -> np.ndarray:
+def geometry(view: View, threads: int, masked: bool = False, size: int = 0, letter: str = "f") -> np.ndarray:
     """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers.
 
     Rows of a mask are not folded: a row of lanes has one weight. Threads make no difference here; ``size`` is that of
@@ -86,8 +84,8 @@ def geometry(
     chunk = -(-rows // max(chunks, 1))
     spare = view.outer % fold * width
     sizes = (view.batch, view.outer, view.group, view.inner, view.period, view.width, view.run)
-    streamed = worthwhile(size, block, halves, SHORTEST_LANES)
     blocks, chunks = -(-lanes // block), -(-rows // chunk)
+    streamed = worthwhile(size, block, chunk * block if blocks == 1 else block, letter)
     return np.array(Cut(*sizes, fold, block, chunk, lanes, rows, spare, blocks, chunks, streamed))
 
 

@@ -57,9 +57,7 @@ class Cut(NamedTuple):
 _BANDS = Cut._fields.index("bands")
 
 
-def geometry(
-    view: View, threads: int, masked: bool = False, size: int = 0, halves: bool = False
-) -> np.ndarray:
+def geometry(view: View, threads: int, masked: bool = False, size: int = 0, letter: str = "f") -> np.ndarray:
     """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers.
 
     All traversals are asked in this way; here neither threads, which must not change a sum, nor a mask matter. ``size``
@@ -73,7 +71,7 @@ def geometry(
     together = ROWS if inner <= SHORT_PAIR else FOUR
     chunks = -(-inner // CHUNK)
     ahead = step if inner <= FETCHED and (step == 1 or remote()) else 0
-    streamed = worthwhile(size, inner, halves)
+    streamed = worthwhile(size, inner, band * inner if period == 1 else inner, letter)
     return np.array(
         Cut(rows, inner, period, band, -(-samples // band), chunks, step, together, streamed, ahead)
     )

@@ -28,12 +28,13 @@ from nbnorm._math import emitted
 
 # As many bytes as the loops over elements take in one step: blocks of one line are not vectorized.
 BLOCK = 4 * LINE
-# Neighbours that are worth it: of shorter ones too many lines are not whole (benchmarks/choices.py, streams). Lanes may
-# be fewer, since the rows of a block mostly lie one behind the other: 256 and more were measured.
-# Halves, as neighbours or as lanes, lose up to 1600 and win from 2048 on, the most that a block of lanes has.
-SHORTEST = 768
-SHORTEST_LANES = 256
-SHORTEST_HALVES = 2048
+# Neighbours that are worth it if each row, segment or run of as many is followed by the next one, and the least length
+# of such a stretch; of halves by NumPy's letter. Rows of 192 and more values take 0.58 to 1.1 of the time, mostly 0.8
+# to 0.9, of 64 and 96 1.05 to 1.8; of float16 0.74 to 0.95 from 512 on, of bfloat16, whose rounding takes longer than
+# its way to memory, 0.9 to 1.2. Segments of 196 take 0.67 to 0.8 of the time if eight of them follow each other, 1.2 if
+# none does (Zen 4; benchmarks/choices.py, streams, and slots past the caches).
+LEAST = (192, 768)
+LEAST_OF_HALVES = {"e": (512, 2048), "E": (2048, 2048)}
 # Share of the last-level cache that x and the results may fill before they are worth it: others use it, too. Of 32 MB,
 # segments and rows take 0.63 to 0.96 of the time from 20 MB on, 0.9 to 1.18 with 16, and backward with 24; columns 0.76
 # to 1.14 from 24 to 32, 0.55 to 1.17, mostly 0.8 to 0.9, from there to 64 (Zen 5), 0.84 to 1.13 (Zen 4;
@@ -67,12 +68,10 @@ def remote() -> bool:
     return told() > MOST
 
 
-def worthwhile(size: int, neighbours: int, halves: bool, shortest: int = SHORTEST) -> bool:
-    """Whether arrays of so many bytes together do not stay in the caches, and enough lines are whole.
-
-    ``shortest`` is meant for other types than halves.
-    """
-    return neighbours >= (SHORTEST_HALVES if halves else shortest) and size > FULL * last_level()
+def worthwhile(size: int, neighbours: int, stretch: int, letter: str) -> bool:
+    """Whether arrays of so many bytes together do not stay in the caches, and most lines of a stretch are whole."""
+    least, least_stretch = LEAST_OF_HALVES.get(letter, LEAST)
+    return neighbours >= least and stretch >= least_stretch and size > FULL * last_level()
 
 
 def block_like(y):
