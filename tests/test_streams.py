@@ -133,9 +133,15 @@ def test_buffers_whose_elements_are_not_aligned(dtype, offset):
     assert nbnorm.batch_norm_forward(x, out=out)[0].tobytes() == expected.tobytes()
     expected = nbnorm.batch_norm_backward(dy, saved)[0]
     assert nbnorm.batch_norm_backward(dy, saved, out=(out, None, None))[0].tobytes() == expected.tobytes()
-    rows = x.reshape(5, -1)
-    expected, _ = nbnorm.layer_norm_forward(rows)
-    assert nbnorm.layer_norm_forward(rows, out=out.reshape(5, -1))[0].tobytes() == expected.tobytes()
+    rows, grad, into = (a.reshape(15, -1) for a in (x, dy, out))
+    for forward, backward in (
+        (nbnorm.layer_norm_forward, nbnorm.layer_norm_backward),
+        (nbnorm.batch_norm_forward, nbnorm.batch_norm_backward),
+    ):
+        expected, saved = forward(rows)
+        assert forward(rows, out=into)[0].tobytes() == expected.tobytes()
+        expected = backward(grad, saved)[0]
+        assert backward(grad, saved, out=(into, None, None))[0].tobytes() == expected.tobytes()
 
 
 @pytest.mark.usefixtures("everything_is_streamed")

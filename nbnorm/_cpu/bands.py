@@ -19,7 +19,7 @@ from nbnorm._cpu.memory import LINE, borrowed, fetch, part, row
 from nbnorm._cpu.scratch import scratch, wide
 from nbnorm._cpu.short_slots import short_moments
 from nbnorm._cpu.spans import ROWS, samples_of, short_rows, span, unpack
-from nbnorm._cpu.streams import block_like, finish, no_stream, writer
+from nbnorm._cpu.streams import begin, block_like, finish, writer
 from nbnorm._cpu.tiles import (
     FOUR,
     add_rows,
@@ -75,9 +75,9 @@ write_line = writer(_piece(apply_line), _piece(apply_block))
 @helper
 def apply_chunk(g, x, y, r, chunk, mean, rstd, weight, bias):
     """Normalize one chunk of a row, which is a task."""
-    x, y, seam = borrowed(x), borrowed(y), block_like(y)
-    stream = normalize_chunk(g, x, y, seam, no_stream(), r, chunk, mean, rstd, weight, bias)
-    finish(y, seam, stream, unpack(g).streamed)
+    x, y, seam, stream = borrowed(x), borrowed(y), block_like(y), begin(y, unpack(g).streamed)
+    stream = normalize_chunk(g, x, y, seam, stream, r, chunk, mean, rstd, weight, bias)
+    finish(y, seam, stream)
 
 
 @inlined
@@ -86,7 +86,7 @@ def normalize_chunk(g, x, y, seam, stream, r, chunk, mean, rstd, weight, bias):
     first, size, p = span(g, r, chunk)
     mean_hi, scale, rest = affine(mean, rstd, 1.0, 0.0, x)
     given = (x, p, mean_hi, scale, rest, weight, bias)
-    return write_line(y, seam, stream, unpack(g).streamed, first, size, given)
+    return write_line(y, seam, stream, first, size, given)
 
 
 @inlined
@@ -109,7 +109,7 @@ def fetch_rows(g, x, first, last):
 def forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd):
     """Moments and normalization of a band."""
     cut = unpack(g)
-    x, y, seam, stream = borrowed(x), borrowed(y), block_like(y), no_stream()
+    x, y, seam, stream = borrowed(x), borrowed(y), block_like(y), begin(y, cut.streamed)
     start, end = samples_of(g, band)
     shift, sums = scratch(cut.step, x), wide((3, cut.step))
     for first in range(start * cut.period, end * cut.period, cut.step):
@@ -132,7 +132,7 @@ def forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd):
                     stream = normalize_chunk(
                         g, x, y, seam, stream, r, chunk, value_of(mean, r), rstd[r], weight, bias
                     )
-    finish(y, seam, stream, cut.streamed)
+    finish(y, seam, stream)
 
 
 @inlined
@@ -235,7 +235,7 @@ def finish_rows(g, x, dy, dx, seam, stream, first, rows, chunk, terms, weight, b
         for k in range(rows):
             start, size, p = span(g, first + k * unpack(g).period, chunk)
             given = (x, dy, weight, p, terms, k)
-            stream = write_input_grad(dx, seam, stream, unpack(g).streamed, start, size, given)
+            stream = write_input_grad(dx, seam, stream, start, size, given)
     return stream
 
 
@@ -256,7 +256,7 @@ def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_
     cut = unpack(g)
     start, end = samples_of(g, band)
     terms, statistics = scratch(6 * ROWS, x), wide(4 * ROWS)
-    seam, stream = block_like(x), no_stream()
+    seam, stream = block_like(x), begin(x if dx is None else dx, cut.streamed)
     clear(g, chunk, band, sums)
     for sample in range(start, end, cut.together):
         rows = min(cut.together, end - sample)
@@ -267,7 +267,7 @@ def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_
             fill_terms(terms, statistics, rows, np.float64(cut.inner), mean is not None)
             stream = finish_rows(g, x, dy, dx, seam, stream, first, rows, chunk, terms, weight, band, sums)
     if dx is not None:
-        finish(dx, seam, stream, cut.streamed)
+        finish(dx, seam, stream)
 
 
 @allocating
@@ -276,7 +276,7 @@ def backward_band(g, x, dy, dx, band, mean, rstd, weight, sums):
     cut = unpack(g)
     start, end = samples_of(g, band)
     terms, statistics = scratch(6 * ROWS, x), wide(4 * ROWS)
-    seam, stream = block_like(x), no_stream()
+    seam, stream = block_like(x), begin(x if dx is None else dx, cut.streamed)
     for chunk in range(cut.chunks):
         clear(g, chunk, band, sums)
     for sample in range(start, end, cut.together):
@@ -292,7 +292,7 @@ def backward_band(g, x, dy, dx, band, mean, rstd, weight, sums):
                     g, x, dy, dx, seam, stream, first, rows, chunk, terms, weight, band, sums
                 )
     if dx is not None:
-        finish(dx, seam, stream, cut.streamed)
+        finish(dx, seam, stream)
 
 
 @helper

@@ -17,7 +17,7 @@ from nbnorm._cpu.lanes import apply_row, copy_row, fill, input_grad_row, row_wei
 from nbnorm._cpu.launch import allocating, helper, inlined, loop
 from nbnorm._cpu.memory import borrowed, entry, part, row
 from nbnorm._cpu.scratch import room, scratch, wide
-from nbnorm._cpu.streams import BLOCK, block_like, finish, no_stream, writer
+from nbnorm._cpu.streams import BLOCK, begin, block_like, finish, writer
 from nbnorm._cpu.tiles import (
     add_rows,
     reciprocal_stds,
@@ -149,13 +149,16 @@ write_lanes = writer(apply_lanes)
 def apply_chunk(g, x, y, residual, activation, index, chunk, terms):
     """Normalize one chunk of rows of a block."""
     cut, own = unpack(g), locate(g, index)
-    x, y, seam, stream = borrowed(x), borrowed(y), block_like(y), no_stream()
+    x, y, seam, stream = borrowed(x), borrowed(y), block_like(y), begin(y, cut.streamed)
     start, end = chunk * cut.chunk, rows_end(cut, chunk)
-    rows, given = rows_in_one(cut, own, end - start, None), (x, residual, terms, own.lanes, activation)
+    rows, given = (
+        rows_in_one(cut, own, end - start, None, stream),
+        (x, residual, terms, own.lanes, activation),
+    )
     for r in range(start, end, rows):
         first = own.base + r * cut.lanes + own.lane
-        stream = write_lanes(y, seam, stream, cut.streamed, first, lanes_in(cut, own, r, rows), given)
-    finish(y, seam, stream, cut.streamed)
+        stream = write_lanes(y, seam, stream, first, lanes_in(cut, own, r, rows), given)
+    finish(y, seam, stream)
 
 
 @allocating
@@ -253,13 +256,13 @@ write_input_grad = writer(input_grad_lanes)
 def input_grad_chunk(g, x, dy, dx, dresidual, residual, activation, weights, index, chunk, t, constant):
     """Dx of one chunk of rows of a block, by the terms ``t``."""
     cut, own = unpack(g), locate(g, index)
-    x, dy, dx, seam, stream = borrowed(x), borrowed(dy), borrowed(dx), block_like(dx), no_stream()
+    x, dy, dx, seam, stream = borrowed(x), borrowed(dy), borrowed(dx), block_like(dx), begin(dx, cut.streamed)
     start, end = chunk * cut.chunk, rows_end(cut, chunk)
-    rows = rows_in_one(cut, own, end - start, weights)
+    rows = rows_in_one(cut, own, end - start, weights, stream)
     for r in range(start, end, rows):
         own_weights = entry(weights, own.batch)
         w, alone = entry(own_weights, r), constant or row_weight(own_weights, r) == 0.0
         given = (x, dy, dresidual, residual, w, t, own.lanes, activation, alone)
         first = own.base + r * cut.lanes + own.lane
-        stream = write_input_grad(dx, seam, stream, cut.streamed, first, lanes_in(cut, own, r, rows), given)
-    finish(dx, seam, stream, cut.streamed)
+        stream = write_input_grad(dx, seam, stream, first, lanes_in(cut, own, r, rows), given)
+    finish(dx, seam, stream)

@@ -151,12 +151,12 @@ def rows_end(cut, chunk):
 
 
 @helper
-def rows_in_one(cut, own, rows, weights):
-    """How many of some rows are written in one go: all, if they are streamed and lie one behind the other.
+def rows_in_one(cut, own, rows, weights, stream):
+    """How many of some rows are written in one go: all, if they go past the caches and lie one behind the other.
 
     Under a mask each has a weight of its own.
     """
-    return rows if cut.streamed and weights is None and own.lanes == cut.lanes else 1
+    return rows if stream.past and weights is None and own.lanes == cut.lanes else 1
 
 
 @helper

@@ -12,7 +12,7 @@ from nbnorm._cpu.memory import borrowed, entry, part, row
 from nbnorm._cpu.scratch import room, scratch, wide
 from nbnorm._cpu.segments import apply_block, apply_segment, input_grad_segment, summands
 from nbnorm._cpu.short_slots import SLOTS, short_moments
-from nbnorm._cpu.streams import block_like, finish, no_stream, writer
+from nbnorm._cpu.streams import begin, block_like, finish, writer
 from nbnorm._cpu.tiles import (
     FOUR,
     PIECE,
@@ -136,7 +136,7 @@ write_run = writer(_piece(apply_segment), _piece(apply_block))
 def apply_chunk(g, x, y, slot, slots, chunk, mean, rstd, weight, bias, residual, activation):
     """Normalize one chunk of each of some slots, run by run."""
     cut = unpack(g)
-    x, y, seam, stream = borrowed(x), borrowed(y), block_like(y), no_stream()
+    x, y, seam, stream = borrowed(x), borrowed(y), block_like(y), begin(y, cut.streamed)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
     for r in range(r0, r0 + rows):
@@ -146,8 +146,8 @@ def apply_chunk(g, x, y, slot, slots, chunk, mean, rstd, weight, bias, residual,
                 first = (r * cut.group + k) * cut.inner + start
                 own = run_affine(cut, x, k, j, mean[k], rstd[k], weight, bias)
                 given = (x, residual, own, activation)
-                stream = write_run(y, seam, stream, cut.streamed, first, size, given)
-    finish(y, seam, stream, cut.streamed)
+                stream = write_run(y, seam, stream, first, size, given)
+    finish(y, seam, stream)
 
 
 @inlined
@@ -295,7 +295,7 @@ def input_grad_chunk(
 ):  # fmt: skip
     """Dx of one chunk of each of some slots, run by run."""
     cut = unpack(g)
-    x, dy, dx, seam, stream = borrowed(x), borrowed(dy), borrowed(dx), block_like(dx), no_stream()
+    x, dy, dx, seam, stream = borrowed(x), borrowed(dy), borrowed(dx), block_like(dx), begin(dx, cut.streamed)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
     for r in range(r0, r0 + rows):
@@ -306,5 +306,5 @@ def input_grad_chunk(
                 own_weights = positions(entry(weights, k // cut.period), cut, r, j, start, size)
                 own = run_terms(cut, x, k, j, mean[k], rstd[k], weight, bias, terms[k])
                 given = (x, dy, dresidual, residual, own_weights, own, activation, constant)
-                stream = write_input_grad(dx, seam, stream, cut.streamed, first, size, given)
-    finish(dx, seam, stream, cut.streamed)
+                stream = write_input_grad(dx, seam, stream, first, size, given)
+    finish(dx, seam, stream)

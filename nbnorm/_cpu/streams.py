@@ -23,7 +23,7 @@ from numba import types
 from nbnorm._cpu.lanes import copy_row
 from nbnorm._cpu.launch import helper, inlined
 from nbnorm._cpu.memory import LINE, row
-from nbnorm._cpu.row_type import Row, data_of, element_size, emit_row
+from nbnorm._cpu.row_type import Row, data_of, emit_row
 from nbnorm._math import emitted
 
 # As many bytes as the loops over elements take in one step: blocks of one line are not vectorized.
@@ -45,7 +45,6 @@ FULL = 0.75
 # 0.85 of the time from 40 MB (batch norm; columns 0.7 to 0.9, layer norm 0.9 to 1.14 up to 100 MB, 0.8 beyond; the
 # same); that they do from 24 MB on there, too, is reasoned.
 MOST = 1 << 25
-NEVER = 1 << 62
 
 
 @lru_cache(maxsize=1)
@@ -120,21 +119,17 @@ def _store_block(typingctx, block, y, first):
     return types.none(block, y, types.intp), generate
 
 
-def before_line(x):
-    """Elements before the first that begins a line of memory; no end of them where elements are not aligned."""
-    behind = -x.ctypes.data % LINE
-    return NEVER if behind % x.itemsize else behind // x.itemsize
+def bytes_before_line(x):
+    """Bytes before the first that begins a line of memory."""
+    return -x.ctypes.data % LINE
 
 
-@emitted(before_line)
-def _before_line(typingctx, x):
+@emitted(bytes_before_line)
+def _bytes_before_line(typingctx, x):
     def generate(context, builder, signature, args):
-        data = data_of(context, builder, x, args[0])
         word = context.get_value_type(types.intp)
-        itemsize = element_size(context, x)
-        behind = builder.and_(builder.neg(builder.ptrtoint(data, word)), word(LINE - 1))
-        aligned = builder.icmp_unsigned("==", builder.urem(behind, itemsize), word(0))
-        return builder.select(aligned, builder.udiv(behind, itemsize), word(NEVER))
+        address = builder.ptrtoint(data_of(context, builder, x, args[0]), word)
+        return builder.and_(builder.neg(address), word(LINE - 1))
 
     return types.intp(x), generate
 
@@ -155,14 +150,15 @@ def _fence(typingctx):
 class Stream(NamedTuple):
     """A stretch of memory that is being written: where its first block begins, and how far it goes."""
 
+    past: bool  # the caches
     start: int
     end: int
 
 
 @helper
-def no_stream():
-    """Return the stream before the first element."""
-    return Stream(NEVER, -1)
+def begin(y, streamed):
+    """Return the stream before the first element; elements that lie across lines of memory are written plainly."""
+    return Stream(streamed != 0 and bytes_before_line(y) % y.itemsize == 0, 0, -1)
 
 
 @helper
@@ -176,16 +172,17 @@ def close(y, seam, stream):
 @helper
 def follow(y, seam, stream, first, size):
     """Go on with a stream, or with a new one if it does not end where the next elements begin."""
-    if first == stream.end:
-        return Stream(stream.start, first + size)
-    close(y, seam, stream)
-    return Stream(first + before_line(row(y, first, size)), first + size)
+    start = stream.start
+    if first != stream.end:
+        close(y, seam, stream)
+        start = first + bytes_before_line(row(y, first, size)) // y.itemsize
+    return Stream(stream.past, start, first + size)
 
 
 @helper
-def finish(y, seam, stream, streamed):
-    """End the last stream, and let other threads see it."""
-    if streamed:
+def finish(y, seam, stream):
+    """End a stream, and let other threads see it."""
+    if stream.past:
         close(y, seam, stream)
         fence()
 
@@ -199,18 +196,18 @@ def writer(piece: Any, whole_block: Any = None) -> Any:
     whole_block = whole_block or piece
 
     @inlined
-    def write(y, seam, stream, streamed, first, size, given):
+    def write(y, seam, stream, first, size, given):
         """Write ``size`` neighbours from element ``first`` on."""
         block = block_like(y)
         i, n, whole = 0, size, block.shape[0]
-        if streamed:
+        if stream.past:
             stream = follow(y, seam, stream, first, size)
             ahead = stream.start - first
             n = min(size, ahead if ahead > 0 else ahead % whole)
         while i < size:
             at = first + i
             held = (at - stream.start) % whole
-            in_seam = streamed and at >= stream.start
+            in_seam = stream.past and at >= stream.start
             piece(row(seam, held, n) if in_seam else row(y, at, n), at, i, n, given)
             i += n
             if in_seam and held + n == whole:
