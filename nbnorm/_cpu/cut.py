@@ -17,8 +17,8 @@ from nbnorm._view import View
 # EPYC, Zen 4, two cores, 1 MB of second-level and 32 MB of last-level cache). Slots of several segments, which lie
 # apart, gain beyond the second-level cache, too; slots of one segment, neighbours in memory, gain backward only while
 # x, dy and dx fit it (in float32), forward up to four times that. Of those that are streamed and lie apart, eight are
-# enough: they take 0.53 to 0.93 of the time of one by one, backward 0.72 to 1; small ones up to a tenth more if there
-# are more of them, large ones backward, too (Zen 4; the same, slots past the caches).
+# enough: of float32 they take 0.54 to 0.92 of the time of one by one, backward 0.6 to 1.12, of (8, 64, 160, 160) and
+# (32, 64, 112, 112) 1.13 to 1.23, which are too large to be taken together (Zen 4; the same, slots past the caches).
 APART_TOGETHER = 1 << 19
 STREAMED_SLOTS = 8
 TOGETHER = 5 << 14

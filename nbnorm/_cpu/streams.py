@@ -29,16 +29,16 @@ from nbnorm._math import emitted
 # As many bytes as the loops over elements take in one step: blocks of one line are not vectorized.
 BLOCK = 4 * LINE
 # Neighbours that are worth it if each row, segment or run of as many is followed by the next one, and the least length
-# of such a stretch; of halves by NumPy's letter. Rows of 192 and more values take 0.58 to 1.1 of the time, mostly 0.8
-# to 0.9, of 64 and 96 1.05 to 1.8; of float16 0.74 to 0.95 from 512 on, of bfloat16, whose rounding takes longer than
-# its way to memory, 0.9 to 1.2. Segments of 196 take 0.67 to 0.8 of the time if eight of them follow each other, 1.2 if
-# none does (Zen 4; benchmarks/choices.py, streams, and slots past the caches).
+# of such a stretch; of halves by NumPy's letter. Of 192 and more values rows take 0.61 to 0.97 of the time, of 128 and
+# 160 0.86 to 1.2, of 64 and 96 1.08 to 1.9; of float16 0.32 to 1 from 512 on, 1.06 to 1.3 with 256; bfloat16, whose
+# rounding takes as long as its way to memory, 0.73 to 1.25 of any length. Segments of 196 and 256 take 0.78 to 0.84
+# (Zen 4; benchmarks/choices.py, streams); of 196, one slot by itself takes 1.7 to 1.9 times as long as eight that
+# follow each other (the same, slots past the caches).
 LEAST = (192, 768)
 LEAST_OF_HALVES = {"e": (512, 2048), "E": (2048, 2048)}
 # Share of the last-level cache that x and the results may fill before they are worth it: others use it, too. Of 32 MB,
-# segments and rows take 0.63 to 0.96 of the time from 20 MB on, 0.9 to 1.18 with 16, and backward with 24; columns 0.76
-# to 1.14 from 24 to 32, 0.55 to 1.17, mostly 0.8 to 0.9, from there to 64 (Zen 5), 0.84 to 1.13 (Zen 4;
-# benchmarks/choices.py, streams).
+# all walks take 0.63 to 0.95 of the time from 24 MB on, backward, forward from 28 MB; forward 0.73 to 1.04 with 24,
+# 0.92 to 1.13 with 20, 1.3 to 1.53 with 16 (Zen 4; benchmarks/choices.py, streams, cases around the last-level cache).
 FULL = 0.75
 # Bytes of that cache at most, and of one of which the system does not tell. A larger one serves many cores: of
 # 300 MB that two of them see on Emerald Rapids they get data as slowly as from memory, and results past it take 0.5 to
