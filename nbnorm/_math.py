@@ -30,7 +30,7 @@ INNER: dict[str, Any] = {
 def inner(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator for functions that kernels take in, with these options besides `INNER`.
 
-    Numba would compile them once more for every number that is written out where they are called.
+    Numba would compile them once more for every number that is written out where they are called, by position.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:

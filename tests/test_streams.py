@@ -1,8 +1,12 @@
 """Results that are written past the caches, of which small arrays make no use by themselves."""
 
 import math
+import os
+import subprocess
+import sys
 
 import ml_dtypes
+import numba
 import numpy as np
 import pytest
 
@@ -44,10 +48,24 @@ def set_last_level(monkeypatch, size):
 
 @pytest.fixture
 def everything_is_streamed(monkeypatch):
-    set_last_level(monkeypatch, 0)
+    """Let all arrays be streamed whose stretches are long enough; return, call by call, whether they were."""
+    answers = []
+
+    def asked(size, *others):
+        answer = streams.worthwhile(size, *others)
+        if size:
+            answers.append(answer)
+        return answer
+
+    for walk in (cut, grid, spans):
+        monkeypatch.setattr(walk, "worthwhile", asked)
     monkeypatch.setattr(streams, "LEAST_OF_HALVES", {})
-    yield
+    threads = numba.get_num_threads()
+    numba.set_num_threads(min(threads, 2))
+    set_last_level(monkeypatch, 0)
+    yield answers
     set_last_level(monkeypatch, ENDLESS)
+    numba.set_num_threads(threads)
 
 
 def shifted(shape, dtype, shift, rng):
@@ -110,9 +128,11 @@ CASES = [
 @pytest.mark.parametrize(
     ("case", "dtype", "options"), CASES, ids=lambda value: getattr(value, "__name__", None)
 )
-@pytest.mark.usefixtures("everything_is_streamed")
-def test_streamed_results_have_the_bits_of_plain_ones(case, dtype, options, monkeypatch):
+def test_streamed_results_have_the_bits_of_plain_ones(
+    case, dtype, options, everything_is_streamed, monkeypatch
+):
     streamed = [results(case, dtype, shift, **options) for shift in (0, 1, 5)]
+    assert everything_is_streamed == [True, True]  # forward and backward
     set_last_level(monkeypatch, ENDLESS)
     for shift, own in zip((0, 1, 5), streamed, strict=True):
         for ours, plain in zip(own, results(case, dtype, shift, **options), strict=True):
@@ -144,15 +164,54 @@ def test_buffers_whose_elements_are_not_aligned(dtype, offset):
         assert backward(grad, saved, out=(into, None, None))[0].tobytes() == expected.tobytes()
 
 
-@pytest.mark.usefixtures("everything_is_streamed")
-def test_a_gradient_may_be_streamed_into_dy():
-    rng = np.random.default_rng(5)
-    x, dy = rng.standard_normal((2, *PLANES), np.float32)
-    _, saved = nbnorm.batch_norm_forward(x)
-    expected = nbnorm.batch_norm_backward(dy, saved)[0].copy()
-    (into, *_) = nbnorm.batch_norm_backward(dy, saved, out=(dy, None, None))
-    assert into is dy
-    np.testing.assert_array_equal(dy, expected)
+@pytest.mark.parametrize(
+    ("norm", "shape"), [("batch", PLANES), ("batch", FEATURES), ("layer", ROWS), ("layer", (301, 200))]
+)
+def test_a_gradient_may_be_streamed_into_dy(norm, shape, everything_is_streamed, monkeypatch):
+    forward, backward = (getattr(nbnorm, f"{norm}_norm_{direction}") for direction in ("forward", "backward"))
+    x, dy = np.random.default_rng(5).standard_normal((2, *shape), np.float32)
+    _, saved = forward(x)
+    into = dy.copy()
+    assert backward(into, saved, out=(into, None, None))[0] is into
+    assert everything_is_streamed == [True, True]
+    set_last_level(monkeypatch, ENDLESS)
+    np.testing.assert_array_equal(into, backward(dy, saved)[0])
+
+
+STORES = """
+import numpy as np
+import nbnorm
+from nbnorm._cpu import streams
+
+def store(block, y, first):
+    assert (y.ctypes.data + y.itemsize * first) % streams.LINE == 0
+    stored.append(block.size)
+    y[first : first + block.shape[0]] = block
+
+streams.store_block, streams.last_level = store, lambda: 0
+rng = np.random.default_rng(0)
+for norm, shape in (("batch", (2, 32, 14, 14)), ("batch", (13, 210)), ("layer", (9, 300))):
+    stored = []
+    x = rng.standard_normal(shape).astype(np.float32)
+    y, _ = getattr(nbnorm, f"{norm}_norm_forward")(x)
+    axis = 1 if norm == "layer" else (0, *range(2, x.ndim))
+    wide = x.astype(float)
+    expected = (wide - wide.mean(axis, keepdims=True)) / np.sqrt(wide.var(axis, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    print(x.size - sum(stored))
+"""
+
+
+def test_only_the_ends_of_a_stretch_are_written_plainly():
+    """Of segments, those of eight channels; of rows and columns, all. Run by Python, without a compiler."""
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1", "NUMBA_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", STORES]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
+    segments, columns, rows = (int(line) for line in found.stdout.split())
+    block = streams.BLOCK // 4
+    assert 0 <= columns < 2 * block
+    assert 0 <= rows < 2 * block
+    assert 0 <= segments < 2 * block * 2 * 4  # stretches: two samples of four times eight channels
 
 
 @pytest.mark.parametrize("letter", ["f", "d", *streams.LEAST_OF_HALVES])
@@ -163,6 +222,12 @@ def test_what_is_streamed_follows_from_sizes(letter):
     assert not streams.worthwhile(size, shortest, stretch, letter)
     assert not streams.worthwhile(size + 1, shortest - 1, stretch, letter)
     assert not streams.worthwhile(size + 1, shortest, stretch - 1, letter)
+
+
+def test_lanes_that_are_streamed_are_more_than_a_block_has():
+    """Behind the last lane, the terms of the first ones follow again."""
+    for letter, itemsize in (("d", 8), ("f", 4), *((letter, 2) for letter in streams.LEAST_OF_HALVES)):
+        assert streams.LEAST_OF_HALVES.get(letter, streams.LEAST)[0] >= streams.BLOCK // itemsize
 
 
 def test_letters_of_halves():

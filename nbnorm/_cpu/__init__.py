@@ -53,7 +53,7 @@ def moments(
     mean = np.zeros(view.slots) if centered else None
     if view.size:
         threads = threads_for(view.size)
-        walk, g, _ = start(view, threads, mask is not None, 0, False)
+        walk, g, _ = start(view, threads, mask is not None, 0, x.dtype.char)
         options = _options(view, Epilogue(), mask)
         walk.passes_kernel(threads, g, flat(x), None, *options, None, mean, m2, None)
     return mean, m2

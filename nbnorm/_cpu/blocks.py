@@ -97,7 +97,7 @@ def term_length(cut, x):
 def spread(g, own, terms, first, end, run):
     """Turn rows [first, end) of the terms, which begin with a value for each run, into values for all lanes.
 
-    Behind the last lane follow the first again, for blocks that go on in the next row.
+    Behind the last of all lanes follow the first again, for blocks that go on in the next row.
     """
     cut = unpack(g)
     for k in range(first, end):
@@ -107,7 +107,7 @@ def spread(g, own, terms, first, end, run):
                 fill(row(values, i * run, run), values[i])
         for f in range(1, cut.fold):
             copy_row(row(values, f * own.width, own.width), row(values, 0, own.width))
-        if cut.streamed:
+        if cut.streamed and cut.blocks == 1:  # with more lanes than a block has elements (`streams.LEAST`)
             n = terms.shape[1] - cut.block
             copy_row(row(values, own.lanes, n), row(values, 0, n))
 

@@ -197,7 +197,10 @@ def writer(piece: Any, whole_block: Any = None) -> Any:
 
     @inlined
     def write(y, seam, stream, first, size, given):
-        """Write ``size`` neighbours from element ``first`` on."""
+        """Write ``size`` neighbours from element ``first`` on.
+
+        The first piece ends where a block begins, and the last is less than a block; unless streamed, it is all there is.
+        """
         block = block_like(y)
         i, n, whole = 0, size, block.shape[0]
         if stream.past:
