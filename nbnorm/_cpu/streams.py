@@ -199,7 +199,7 @@ def writer(piece: Any, whole_block: Any = None) -> Any:
     def write(y, seam, stream, first, size, given):
         """Write ``size`` neighbours from element ``first`` on.
 
-        The first piece ends where a block begins, and the last is less than a block; unless streamed, it is all there is.
+        The first piece ends where a block begins, the last is less than a block; plainly, one piece is all there is.
         """
         block = block_like(y)
         i, n, whole = 0, size, block.shape[0]
