@@ -24,19 +24,20 @@ def steps() -> dict[str, dict[str, Callable[[], object]]]:
     """Return the steps of forward and backward, the whole call first."""
     rng = np.random.default_rng(0)
     x, dy, y, dx = (rng.standard_normal(SHAPE, np.float32) for _ in range(4))
-    weight, bias, dweight, dbias = (np.ones(SHAPE[1], np.float32) for _ in range(4))
+    weight, bias, dweight, dbias, *running = (np.ones(SHAPE[1], np.float32) for _ in range(6))
     call = _call.batch_call("batch_norm_forward", x, weight, bias, 1e-5, 1, y)
     _, saved = nbnorm.batch_norm_forward(x, weight, bias, out=y)
     view, count, mean, rstd, m2 = saved.view, saved.count, saved.mean, saved.rstd, saved.m2
     g, sums = columns.geometry(view, 1), np.zeros((2, view.slots, view.width))
     lines = x.reshape(-1), dy.reshape(-1), y.reshape(-1), dx.reshape(-1)
-    names, likes, outs = ("dx", "dweight", "dbias"), (x, weight, bias), (dx, dweight, dbias)
+    outs = dx, dweight, dbias
     options, for_gradients = (
         _cpu._options(view, call.epilogue, None, gradient) for gradient in (False, True)
     )
     return {
         "forward": {
             "call": lambda: nbnorm.batch_norm_forward(x, weight, bias, out=y),
+            "with running statistics": lambda: nbnorm.batch_norm_forward(x, weight, bias, *running, out=y),
             "checks and plan": lambda: _call.batch_call(
                 "batch_norm_forward", x, weight, bias, 1e-5, 1, y, _call.Options()
             ),
@@ -50,13 +51,12 @@ def steps() -> dict[str, dict[str, Callable[[], object]]]:
         },
         "backward": {
             "call": lambda: nbnorm.batch_norm_backward(dy, saved, out=outs),
-            "checks of dy": lambda: _gradients.gradient(dy, saved),
-            "checks of buffers": lambda: _gradients._buffers(outs, names, likes, [True] * 3, saved),
+            "checks": lambda: _gradients._at_a_glance(dy, saved, outs, 3),
             "backend": lambda: _cpu.backward(view, x, dy, dx, None, mean, rstd, call.epilogue, count),
             "of it the kernel": lambda: columns.backward_kernel(
                 1, g, lines[0], lines[1], lines[3], None, mean, rstd, *for_gradients, sums, float(count), None
             ),
-            "parameters' gradients": lambda: [_gradients._cast(mean, weight, dweight) for _ in range(2)],
+            "parameters' gradients": lambda: _gradients._parameter_gradients((mean, rstd), saved, outs, 3),
         },
     }
 

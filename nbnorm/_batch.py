@@ -10,6 +10,7 @@ import numpy as np
 from nbnorm import _call, _checks, _masks, _warn, running
 from nbnorm._call import Call
 from nbnorm._dispatch import backend
+from nbnorm._options import Epilogue
 from nbnorm.moments import Moments
 from nbnorm.running import Pair, Rule
 from nbnorm.saved import Saved
@@ -95,9 +96,11 @@ def normalize_batch(call: Call, pair: Pair | None, settings: Training) -> tuple[
         rstd = Moments(count, mean, m2).rstd(call.eps)
         if settings.renorm is not None:
             correction = renormalization(call, mean, m2, count, pair, settings.renorm)
-        saved = _call.save(call, "batch_norm", mean, rstd, count, m2, correction=correction)
-        corrected = saved.epilogue._replace(residual=call.epilogue.residual)
-        y = _call.apply(call._replace(epilogue=corrected), mean, rstd)
+        epilogue = corrected(call.epilogue, correction)
+        y = _call.apply(call._replace(epilogue=epilogue), mean, rstd)
+        saved = _call.save(
+            call, "batch_norm", mean, rstd, count, m2, epilogue=epilogue, correction=correction
+        )
     else:
         y, mean, m2, rstd = _call.forward(call)
         saved = _call.save(call, "batch_norm", mean, rstd, count, m2)
@@ -126,6 +129,18 @@ def renormalization(
         r = np.clip(std / running_std, 1.0 / r_max, r_max)
         d = np.clip((mean - pair[0]) / running_std, -d_max, d_max)
     return r, d
+
+
+def corrected(epilogue: Epilogue, correction: Pair | None) -> Epilogue:
+    """Return what follows x_hat if x_hat * r + d takes its place."""
+    if correction is None:
+        return epilogue
+    weight, bias = epilogue.weight, epilogue.bias
+    r, d = correction
+    shift = d if weight is None else d * weight
+    return epilogue._replace(
+        weight=r if weight is None else r * weight, bias=shift if bias is None else shift + bias
+    )
 
 
 def single(call: Call, settings: Training) -> bool:

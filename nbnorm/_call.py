@@ -50,6 +50,15 @@ class Options(NamedTuple):
 
 
 PLAIN = Options()
+
+
+def options_of(activation: Any, residual: Any, mask: Any) -> Options:
+    """Return options of a forward call; a tuple of none at all is not made again, which small calls notice."""
+    if activation is residual is mask is None:
+        return PLAIN
+    return Options(activation, residual, mask)
+
+
 _TOGETHER = ("x", "weight", "bias", "residual", "out")
 
 
@@ -203,11 +212,16 @@ def warn_of_zero_over_zero(call: Call, m2: Array) -> None:
 
 def save(
     call: Call, norm: str, mean: Array | None, rstd: Array, count: Any, m2: Array | None, constant: bool = False,
-    **more: Any,
+    epilogue: Epilogue | None = None, **more: Any,
 ) -> Saved:  # fmt: skip
-    """Gather what backward needs; a residual is read again only below an activation."""
-    weight, bias, residual, activation = call.epilogue
+    """Gather what backward needs, by another epilogue than that of the call if one is given.
+
+    A residual is read again only below an activation.
+    """
+    weight, bias, residual, activation = epilogue = call.epilogue if epilogue is None else epilogue
+    if residual is not None and activation is None:
+        epilogue = Epilogue(weight, bias)
     return Saved(
-        norm, call.x, weight, bias, mean, rstd, count, m2, constant, call.view, call.order,
-        None if activation is None else residual, call.with_residual, activation, call.mask, **more,
+        norm, call.x, call.epilogue.weight, call.epilogue.bias, mean, rstd, count, m2, constant, call.view,
+        call.order, epilogue, call.with_residual, call.mask, **more,
     )  # fmt: skip

@@ -282,15 +282,26 @@ def both_or_neither(running_mean: Any, running_var: Any) -> None:
 
 def fitting_pair(running_mean: Any, running_var: Any, channels: int, others: Sequence[Any]) -> bool:
     """Whether running statistics surely pass all checks, seen at a glance."""
-    return (
+    if not (
         type(running_mean) is type(running_var) is np.ndarray
+        and running_mean.base is running_var.base is None
+        and running_mean is not running_var
         and running_mean.shape == running_var.shape == (channels,)
         and running_mean.dtype in PARAMETERS
         and running_var.dtype in PARAMETERS
         and running_mean.flags.behaved
         and running_var.flags.behaved
-        and distinct(running_mean, running_var, *others)
-    )
+    ):
+        return False
+    for other in others:
+        if other is not None and (
+            type(other) is not np.ndarray
+            or other.base is not None
+            or other is running_mean
+            or other is running_var
+        ):
+            return False
+    return True
 
 
 def shape(name: str, value: np.ndarray, expected: tuple[int, ...]) -> None:
@@ -353,6 +364,26 @@ def fitting(value: Any, like: Any) -> bool:
         and value.dtype == like.dtype
         and value.flags.behaved
     )
+
+
+def fitting_gradients(dx: Any, dweight: Any, dbias: Any, x: Any, weight: Any, bias: Any) -> bool:
+    """Whether results surely pass `out` and share no memory with each other or with parameters, seen at a glance."""
+    for value, like in ((dx, x), (dweight, weight), (dbias, bias)):
+        if (
+            type(value) is not np.ndarray
+            or type(like) is not np.ndarray
+            or value.base is not None
+            or like.base is not None
+            or value.shape != like.shape
+            or value.dtype is not like.dtype
+            or not value.flags.behaved
+        ):
+            return False
+    # In pairs, since a set of them takes four times as long.
+    return not (
+        dx is dweight or dx is dbias or dx is weight or dx is bias or dweight is dbias or dweight is weight
+        or dweight is bias or dbias is weight or dbias is bias
+    )  # fmt: skip
 
 
 def apart(value: Any, *others: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from nbnorm.saved import Saved
 Array = np.ndarray
 Sums = tuple[Array, Array]
 GRADIENTS = ("dx", "dweight", "dbias")
+NO_BUFFERS = (None,) * len(GRADIENTS)
 
 
 def backward(
@@ -29,6 +30,10 @@ def backward(
     With a residual there is one more, dresidual; who wants all of ``names`` wants it, too.
     """
     check_saved(norm, saved)
+    if need is names and _at_a_glance(dy, saved, out, len(names)):
+        dx = _layout.empty_like(saved.x) if out is None else out[0]
+        sums = _whole(dy, saved, dx, None, saved.weight is not None or saved.bias is not None)
+        return (dx, *_parameter_gradients(sums, saved, NO_BUFFERS if out is None else out, len(names)))
     known = (*names, "dresidual") if saved.with_residual else names
     needed = _needed(need, names, known)
     dy = gradient(dy, saved)
@@ -46,11 +51,35 @@ def backward(
         buffers[0],
         buffers[-1] if saved.with_residual else None,
     )
-    dweight = _cast(sums[1], saved.weight, buffers[1]) if wanted[1] else None
-    gradients: tuple[Array | None, ...] = (dx, dweight)
-    if len(names) > 2:
-        gradients += (_cast(sums[0], saved.bias, buffers[2]) if wanted[2] else None,)
+    gradients = (dx, *_parameter_gradients(sums, saved, buffers, len(names), wanted))
     return (*gradients, dresidual) if saved.with_residual else gradients
+
+
+def _at_a_glance(dy: Any, saved: Saved, out: Any, names: int) -> bool:
+    """Whether all arrays surely pass all checks and lie in memory as x does, and one call to the backend is all.
+
+    So it is for most calls, of which small ones notice what follows otherwise (benchmarks/small_call.py).
+    """
+    x = saved.x
+    if (
+        not _checks.fitting(dy, x)
+        or dy.strides != x.strides
+        or saved.constant
+        or saved.parts
+        or saved.with_residual
+        or saved.order is not None
+        or saved.correction is not None
+    ):
+        return False
+    if out is None:
+        return True
+    return (
+        type(out) is tuple
+        and len(out) == names == 3
+        and _checks.fitting_gradients(*out, x, saved.weight, saved.bias)
+        and out[0].strides == x.strides
+        and dy.base is None
+    )
 
 
 def _needed(need: Collection[str], names: tuple[str, ...], known: tuple[str, ...]) -> Collection[str]:
@@ -127,14 +156,20 @@ def _differentiate(
         dx, dresidual = input_grad(dy, saved, None, out, out_residual, with_residual)
     elif with_dx:
         rooms = _room(dy, saved, out, out_residual, with_residual)
-        sums = backend(saved.x).backward(
-            saved.view, saved.x, dy, rooms[0][1], rooms[1][1], *_statistics(saved), saved.epilogue, saved.count,
-            saved.mask, with_parameters,
-        )  # fmt: skip
+        sums = _whole(dy, saved, rooms[0][1], rooms[1][1], with_parameters)
         dx, dresidual = _layout.deliver(rooms[0][1], rooms[0][0]), _delivered(rooms[1])
     elif with_parameters:
         sums = grad_sums(dy, saved)
     return dx if with_dx else None, dresidual, _corrected(sums, saved)
+
+
+def _whole(dy: Array, saved: Saved, dx: Array, dresidual: Array | None, with_parameters: bool) -> Sums:
+    """Write dx, and dresidual where there is room for it, and return the sums that belong to each parameter."""
+    sums: Sums = backend(saved.x).backward(
+        saved.view, saved.x, dy, dx, dresidual, *_statistics(saved), saved.epilogue, saved.count, saved.mask,
+        with_parameters,
+    )  # fmt: skip
+    return sums
 
 
 def _corrected(sums: Sums | None, saved: Saved) -> Sums | None:
@@ -172,7 +207,7 @@ def _room(
         fresh = _layout.result(saved)
         return (fresh, fresh), (None, None)
     dx = _layout.result(saved) if out is None else out
-    inputs = saved.x, dy, saved.residual
+    inputs = saved.x, dy, saved.epilogue.residual
     room = dx, _layout.workspace(dx, saved.x, *inputs)
     if not with_residual:
         return room, (None, None)
@@ -225,9 +260,22 @@ def input_buffers(out: Any, saved: Saved) -> tuple[Array | None, Array | None]:
     return buffers[0], buffers[1]
 
 
-def _cast(values: Array, like: Array | None, out: Array | None) -> Array:
+def _parameter_gradients(
+    sums: Any, saved: Saved, buffers: tuple[Any, ...], names: int, wanted: Sequence[bool] | None = None
+) -> tuple[Array | None, ...]:
+    """Return dweight and, of three names, dbias, in their buffers if there are such; None where not wanted."""
+    weight, bias = saved.weight, saved.bias
+    if wanted is not None:
+        weight = weight if wanted[1] else None
+        bias = bias if names > 2 and wanted[2] else None
+    dweight = None if weight is None else _cast(sums[1], weight, buffers[1])
+    if names < 3:
+        return (dweight,)
+    return dweight, None if bias is None else _cast(sums[0], bias, buffers[2])
+
+
+def _cast(values: Array, like: Array, out: Array | None) -> Array:
     """Return float64 sums with the shape and dtype of a parameter, in ``out`` if it is given."""
-    assert like is not None
     if values.shape != like.shape:
         values = values.reshape(like.shape)
     if out is None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm import _batch, _call, _checks, _ghost, _gradients
-from nbnorm._call import Activation, Options
+from nbnorm._call import Activation
 from nbnorm._gradients import GRADIENTS
 from nbnorm.saved import Saved
 
@@ -124,7 +124,7 @@ def batch_norm_forward(
     >>> saved.mean
     array([ 2., 20.])
     """
-    options = Options(activation, residual, mask)
+    options = _call.options_of(activation, residual, mask)
     call = _call.batch_call("batch_norm_forward", x, weight, bias, eps, channel_axis, out, options)
     settings = _batch.training(momentum, ddof, small_batch, nonfinite, renorm)
     size = _checks.virtual_batch_size(virtual_batch_size)
@@ -190,7 +190,7 @@ def batch_norm_inference(
     array([[-1.],
            [ 1.]])
     """
-    options = Options(activation, residual)
+    options = _call.options_of(activation, residual, None)
     call = _call.batch_call("batch_norm_inference", x, weight, bias, eps, channel_axis, out, options)
     mean = _checks.statistic("mean", mean, call.view.slots)
     return _batch.forward_by_constants(call, mean, _checks.statistic("var", var, call.view.slots))[0]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm import _call, _gradients
-from nbnorm._call import Activation, Options
+from nbnorm._call import Activation
 from nbnorm._gradients import GRADIENTS
 from nbnorm.saved import Saved
 
@@ -76,7 +76,7 @@ def group_norm_forward(
     >>> y
     array([[-1.,  1., -1.,  1.]])
     """
-    options = Options(activation, residual, mask)
+    options = _call.options_of(activation, residual, mask)
     call, statistics = _call.group_call(
         "group_norm_forward", x, num_groups, weight, bias, eps, channel_axis, out, options
     )
@@ -186,7 +186,7 @@ def instance_norm_forward(
     array([[[-1.,  1.],
             [-1.,  1.]]])
     """
-    options = Options(activation, residual, mask)
+    options = _call.options_of(activation, residual, mask)
     call, statistics = _call.group_call(
         "instance_norm_forward", x, None, weight, bias, eps, channel_axis, out, options
     )

@@ -109,7 +109,7 @@ def batch_norm_apply(
     >>> y.round(4)
     array([[1.3887]])
     """
-    options = Options(activation, residual, mask)
+    options = _call.options_of(activation, residual, mask)
     call = _call.batch_call("batch_norm_apply", x, weight, bias, eps, channel_axis, out, options)
     _checks.instance("m", m, Moments)
     _checks.shape("m.mean", m.mean, (call.view.slots,))

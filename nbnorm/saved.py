@@ -39,12 +39,11 @@ class Saved(NamedTuple):
         How x is walked.
     order : tuple of int or None
         Memory order of the results where it is not that of the packed x.
-    residual : ndarray or None
-        The residual, if an activation follows it: then z is computed again.
+    epilogue : Epilogue
+        What has followed x_hat, renormalization included; the residual if an activation follows it: then z is computed
+        again.
     with_residual : bool
         Whether backward returns dresidual.
-    activation : scalar or None
-        As kernels take it, see `nbnorm._activation`.
     mask : Mask or None
         The weights, in the order of memory, and their sums.
     correction : tuple of ndarray or None
@@ -68,25 +67,13 @@ class Saved(NamedTuple):
     constant: bool
     view: View
     order: tuple[int, ...] | None
-    residual: np.ndarray | None = None
-    with_residual: bool = False
-    activation: Any = None
+    epilogue: Epilogue
+    with_residual: bool
     mask: Mask | None = None
     correction: tuple[np.ndarray, np.ndarray] | None = None
     parts: tuple[Saved, ...] = ()
     places: tuple[tuple[slice, ...], ...] = ()
     whole: Moments | None = None
-
-    @property
-    def epilogue(self) -> Epilogue:
-        """What has followed x_hat, renormalization included."""
-        weight, bias = self.weight, self.bias
-        if self.correction is not None:
-            r, d = self.correction
-            weight = r if weight is None else r * weight
-            shift = d if self.weight is None else d * self.weight
-            bias = shift if bias is None else shift + bias
-        return Epilogue(weight, bias, self.residual, self.activation)
 
     @property
     def moments(self) -> Moments | None:
@@ -98,7 +85,7 @@ class Saved(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays that are kept alive."""
-        arrays = [self.x, self.weight, self.bias, self.residual, *self._small()]
+        arrays = [self.x, self.weight, self.bias, self.epilogue.residual, *self._small()]
         for part in self.parts:
             arrays += part._small()
         return sum(array.nbytes for array in arrays if array is not None)

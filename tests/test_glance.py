@@ -1,5 +1,7 @@
 """Arguments that are seen to be ordinary at a glance: what a glance misses is found, the second time as well."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 
@@ -80,3 +82,49 @@ def test_faults_of_a_known_call(name, fault, message, rng):
         nbnorm.batch_norm_forward(**given | {name: fault(given)})
     for key, value in given.items():
         np.testing.assert_array_equal(value, before[key], err_msg=key)
+
+
+def gradients(norm, rng):
+    """Return the backward call of a norm, for a dy, and what its gradients are like."""
+    x, weight, bias = rng.standard_normal((4, 6, 3)), rng.standard_normal(6), rng.standard_normal(6)
+    if norm in ("layer", "rms"):
+        x = x.transpose(0, 2, 1).copy()
+    parameters = (weight,) if norm == "rms" else (weight, bias)
+    groups = (2,) if norm == "group" else ()
+    saved = getattr(nbnorm, f"{norm}_norm_forward")(x, *groups, *parameters)[1]
+    backward, dy = getattr(nbnorm, f"{norm}_norm_backward"), rng.standard_normal(x.shape)
+
+    def call(**options):
+        return backward(dy.copy(), saved, **options)
+
+    return call, (x, *parameters)
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", "rms", "group", "instance"])
+def test_gradients_into_ordinary_buffers(norm, rng):
+    """New gradients, those in buffers that own their memory, in views, and wanted by name have the same bits."""
+    call, likes = gradients(norm, rng)
+    wanted = call()
+    names = ("dx", "dweight", "dbias")[: len(likes)]
+    own = tuple(np.full_like(like, 7) for like in likes)
+    views = tuple(np.full_like(like, 7)[:] for like in likes)
+    for options in ({"out": own}, {"out": views}, {"need": set(names)}, {"out": (own[0], *views[1:])}):
+        found = call(**options)
+        for i, expected in enumerate(wanted):
+            oracle.assert_same_bits(found[i], expected)
+            assert "out" not in options or found[i] is options["out"][i]
+
+
+SAME = [pair for pair in combinations(["dx", "dweight", "dbias", "weight", "bias"], 2) if pair[0][0] == "d"]
+
+
+@pytest.mark.parametrize("pair", SAME, ids=" is ".join)
+def test_one_array_for_two_gradients(pair, rng):
+    """Of one dimension, x is as long as its parameters: buffers that are the same, or a parameter, are refused."""
+    x, dy = rng.standard_normal((2, 5))
+    arrays = {name: np.full(5, 7.0) for name in ("dx", "dweight", "dbias", "weight", "bias")}
+    arrays[pair[0]] = arrays[pair[1]]
+    saved = nbnorm.layer_norm_forward(x, arrays["weight"], arrays["bias"])[1]
+    with pytest.raises(ValueError, match="shares memory"):
+        nbnorm.layer_norm_backward(dy, saved, out=tuple(arrays[name] for name in ("dx", "dweight", "dbias")))
+    assert all((array == 7).all() for array in arrays.values())

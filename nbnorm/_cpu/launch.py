@@ -96,7 +96,9 @@ def flat(x: np.ndarray) -> np.ndarray:
     Numba compiles a second kernel for each read-only argument; inputs are never written, so the flag alone
     is not worth one.
     """
-    line = stored(x.ravel("K"))
+    line = x.ravel("K")
+    if line.itemsize == 2:
+        line = stored(line)
     return line if line.flags.writeable else np.asarray(_Writable(line))
 
 
