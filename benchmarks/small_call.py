@@ -44,8 +44,8 @@ def steps() -> dict[str, dict[str, Callable[[], object]]]:
             "settings": lambda: _batch.training(0.1, 1, "error", "propagate"),
             "where to write": lambda: _layout.workspace(y, x, x),
             "backend": lambda: _cpu.forward(view, x, y, call.epilogue, 1e-5),
-            "of it the kernel": lambda: columns.forward_kernel(
-                1, g, lines[0], lines[2], *options, 1e-5, mean, m2, rstd
+            "of it the kernel": lambda: columns.forward_kernel.serial(
+                g, lines[0], lines[2], *options, 1e-5, mean, m2, rstd
             ),
             "what backward needs": lambda: _call.save(call, "batch_norm", mean, rstd, count, m2),
         },
@@ -53,8 +53,8 @@ def steps() -> dict[str, dict[str, Callable[[], object]]]:
             "call": lambda: nbnorm.batch_norm_backward(dy, saved, out=outs),
             "checks": lambda: _gradients._at_a_glance(dy, saved, outs, 3),
             "backend": lambda: _cpu.backward(view, x, dy, dx, None, mean, rstd, call.epilogue, count),
-            "of it the kernel": lambda: columns.backward_kernel(
-                1, g, lines[0], lines[1], lines[3], None, mean, rstd, *for_gradients, sums, float(count), None
+            "of it the kernel": lambda: columns.backward_kernel.serial(
+                g, lines[0], lines[1], lines[3], None, mean, rstd, *for_gradients, sums, float(count), None
             ),
             "parameters' gradients": lambda: _gradients._parameter_gradients((mean, rstd), saved, outs, 3),
         },

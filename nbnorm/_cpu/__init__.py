@@ -55,7 +55,7 @@ def moments(
         threads = threads_for(view.size)
         walk, g, _ = start(view, threads, mask is not None, 0, x.dtype.char)
         options = _options(view, Epilogue(), mask)
-        walk.passes_kernel(threads, g, flat(x), None, *options, None, mean, m2, None)
+        walk.passes_kernel.on(threads)(g, flat(x), None, *options, None, mean, m2, None)
     return mean, m2
 
 
@@ -89,7 +89,7 @@ def apply(view: View, x: Array, y: Array, mean: Array | None, rstd: Array, epilo
         threads = threads_for(view.size)
         walk, g, _ = start(view, threads, False, 2 * x.nbytes, x.dtype.char)
         options = _options(view, epilogue, None)
-        walk.passes_kernel(threads, g, flat(x), flat(y), *options, None, mean, None, rstd)
+        walk.passes_kernel.on(threads)(g, flat(x), flat(y), *options, None, mean, None, rstd)
 
 
 def forward(
@@ -107,9 +107,9 @@ def forward(
     if view.size:
         threads = threads_for(view.size)
         walk, g, team = start(view, threads, mask is not None, 2 * x.nbytes, x.dtype.char)
-        run = walk.forward_kernel if team else walk.passes_kernel
+        run = walk.forward_kernel.on(team) if team else walk.passes_kernel.on(threads)
         options = _options(view, epilogue, mask)
-        run(team or threads, g, flat(x), flat(y), *options, eps, mean, m2, slot_rstd)
+        run(g, flat(x), flat(y), *options, eps, mean, m2, slot_rstd)
     return mean, m2, slot_rstd
 
 
@@ -165,12 +165,12 @@ def _gradients(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, ma
         return
     threads = threads_for(view.size)
     walk, g, team = _gradient_start(view, threads, x, dx, mask)
-    arrays = (flat(x), flat(dy), optional(dx), optional(dresidual), mean, rstd)
+    arrays = (g, flat(x), flat(dy), optional(dx), optional(dresidual), mean, rstd)
     options = _options(view, epilogue, mask, gradient=True)
     if team and dx is not None and constant is None:
-        walk.backward_kernel(team, g, *arrays, *options, sums, *_counts(count))
+        walk.backward_kernel.on(team)(*arrays, *options, sums, *_counts(count))
     else:
-        walk.gradient_passes_kernel(threads, g, *arrays, *options, sums, *_counts(count), constant)
+        walk.gradient_passes_kernel.on(threads)(*arrays, *options, sums, *_counts(count), constant)
 
 
 def _row_gradients(
@@ -187,11 +187,11 @@ def _row_gradients(
     if with_parameters:
         sums = np.empty((walk.band_count(g), 2, parameters), computing(x.dtype))
         total, rest = np.empty((2, parameters)), np.empty((2, parameters))
-    arrays = (flat(x), flat(dy), optional(dx), mean, rstd, line(weight))
+    arrays = (g, flat(x), flat(dy), optional(dx), mean, rstd, line(weight), sums, total, rest)
     if team and dx is not None:
-        walk.backward_kernel(team, g, *arrays, sums, total, rest)
+        walk.backward_kernel.on(team)(*arrays)
     else:
-        walk.gradient_passes_kernel(threads, g, *arrays, sums, total, rest)
+        walk.gradient_passes_kernel.on(threads)(*arrays)
     return (np.zeros(0), np.zeros(0)) if total is None else (total[0], total[1])
 
 

@@ -66,8 +66,13 @@ class Twins:
         self.__name__ = body.__name__
         self.__doc__ = body.__doc__
 
-    def __call__(self, threads: int, *args: Any) -> Any:
-        leave = team.enter() if threads > 1 else None
+    def on(self, threads: int) -> Callable[..., Any]:
+        """Return the kernel for so many threads."""
+        return self._shared if threads > 1 else self.serial
+
+    def _shared(self, *args: Any) -> Any:
+        """Run in parallel, if that is safe now."""
+        leave = team.enter()
         if leave is None:
             return self.serial(*args)
         try:
