@@ -8,6 +8,8 @@ import oracle
 import reference
 from nbnorm._cpu.halves import narrow, stored, widen
 from nbnorm._cpu.launch import kernel
+from nbnorm._cpu.memory import LINE
+from nbnorm._cpu.stores import BLOCK, block_like, store_block
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
@@ -18,6 +20,16 @@ on_halves = pytest.mark.parametrize("dtype", HALVES, ids=str)
 def _convert(x, y):
     for i in range(x.shape[0]):
         y[i] = narrow(widen(x[i]), y)
+
+
+@kernel
+def _convert_in_blocks(x, y):
+    block = block_like(y)
+    whole = block.shape[0]
+    for first in range(0, x.shape[0] - whole + 1, whole):
+        for i in range(whole):
+            block[i] = narrow(x[first + i], block)
+        store_block(block, y, first, first % 2 == 0)
 
 
 @on_halves
@@ -35,9 +47,15 @@ def test_every_value_is_widened_as_by_numpy(dtype):
     assert np.isnan(back[~numbers].astype(np.float32)).all()
 
 
+def aligned(size, dtype):
+    """Return room that begins with a line of memory."""
+    room = np.empty(size + LINE, dtype)
+    return room[-room.ctypes.data % LINE // room.itemsize :][:size]
+
+
 @on_halves
 def test_rounding_is_that_of_numpy(dtype, rng):
-    """Random floats, and for every half both neighbours of the midpoint above it and the midpoint: ties to even."""
+    """One by one and in blocks: random floats, all midpoints between halves and their neighbours; ties to even."""
     halves = np.arange(65536, dtype=np.uint16).view(dtype).astype(np.float32)
     ordered = np.unique(halves[np.isfinite(halves)]).astype(np.float64)
     middles = ((ordered[1:] + ordered[:-1]) / 2).astype(np.float32)
@@ -56,6 +74,27 @@ def test_rounding_is_that_of_numpy(dtype, rng):
     found = np.empty(values.size, dtype)
     _convert(values, stored(found))
     oracle.assert_same_bits(found, wanted)
+    size = values.size // BLOCK * BLOCK
+    for order in (slice(None), rng.permutation(size)):  # many a block without a subnormal, and with some
+        found = aligned(size, dtype)
+        _convert_in_blocks(values[:size][order], stored(found))
+        oracle.assert_same_bits(found, wanted[:size][order])
+
+
+@on_halves
+@pytest.mark.parametrize("shape", [(3, 8, 20, 20), (300, 200)], ids=str)
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_results_are_those_of_float32_rounded(norm, shape, dtype, rng):
+    """Whatever rounds them, one by one or in blocks, also where a weight makes many results subnormal."""
+    forward, backward = (getattr(nbnorm, f"{norm}_norm_{direction}") for direction in ("forward", "backward"))
+    x, dy = rng.standard_normal((2, *shape)).astype(dtype)
+    features = shape[1] if norm == "batch" else shape[-1]
+    weight = rng.choice([1.0, 1e-39], features, p=[0.9, 0.1]).astype(np.float32)
+    y, saved = forward(x, weight, 0 * weight)
+    wide, saved_wide = forward(x.astype(np.float32), weight, 0 * weight)
+    oracle.assert_same_bits(y, wide.astype(dtype))
+    dx = backward(dy, saved)[0]
+    oracle.assert_same_bits(dx, backward(dy.astype(np.float32), saved_wide)[0].astype(dtype))
 
 
 @on_halves

@@ -13,6 +13,7 @@ import pytest
 import nbnorm
 from nbnorm import _cpu
 from nbnorm._cpu import cut, grid, spans, streams
+from nbnorm._cpu.stores import BLOCK
 from nbnorm._view import batch_view, trailing_view
 
 ROWS, PLANES = (7, 1555), (5, 3, 29, 31)
@@ -59,7 +60,7 @@ def everything_is_streamed(monkeypatch):
 
     for walk in (cut, grid, spans):
         monkeypatch.setattr(walk, "worthwhile", asked)
-    monkeypatch.setattr(streams, "LEAST_OF_HALVES", {})
+    monkeypatch.setattr(streams, "least", lambda letter: streams.LEAST)
     threads = numba.get_num_threads()
     numba.set_num_threads(min(threads, 2))
     set_last_level(monkeypatch, 0)
@@ -183,7 +184,8 @@ import numpy as np
 import nbnorm
 from nbnorm._cpu import streams
 
-def store(block, y, first):
+def store(block, y, first, past):
+    assert past
     assert (y.ctypes.data + y.itemsize * first) % streams.LINE == 0
     stored.append(block.size)
     y[first : first + block.shape[0]] = block
@@ -208,7 +210,7 @@ def test_only_the_ends_of_a_stretch_are_written_plainly():
     command = [sys.executable, "-c", STORES]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
     segments, columns, rows = (int(line) for line in found.stdout.split())
-    block = streams.BLOCK // 4
+    block = BLOCK // 4
     assert 0 <= columns < 2 * block
     assert 0 <= rows < 2 * block
     assert 0 <= segments < 2 * block * 2 * 4  # stretches: two samples of four times eight channels
@@ -217,7 +219,7 @@ def test_only_the_ends_of_a_stretch_are_written_plainly():
 @pytest.mark.parametrize("letter", ["f", "d", *streams.LEAST_OF_HALVES])
 def test_what_is_streamed_follows_from_sizes(letter):
     size = int(streams.FULL * streams.last_level())
-    shortest, stretch = streams.LEAST_OF_HALVES.get(letter, streams.LEAST)
+    shortest, stretch = streams.least(letter)
     assert streams.worthwhile(size + 1, shortest, stretch, letter)
     assert not streams.worthwhile(size, shortest, stretch, letter)
     assert not streams.worthwhile(size + 1, shortest - 1, stretch, letter)
@@ -227,7 +229,8 @@ def test_what_is_streamed_follows_from_sizes(letter):
 def test_lanes_that_are_streamed_are_more_than_a_block_has():
     """Behind the last lane, the terms of the first ones follow again."""
     for letter, itemsize in (("d", 8), ("f", 4), *((letter, 2) for letter in streams.LEAST_OF_HALVES)):
-        assert streams.LEAST_OF_HALVES.get(letter, streams.LEAST)[0] >= streams.BLOCK // itemsize
+        assert streams.least(letter)[0] >= BLOCK // itemsize
+    assert streams.LEAST_OF_ROUNDED[0] >= BLOCK // 2
 
 
 def test_letters_of_halves():

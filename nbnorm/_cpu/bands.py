@@ -19,7 +19,8 @@ from nbnorm._cpu.memory import LINE, borrowed, fetch, part, row
 from nbnorm._cpu.scratch import scratch, wide
 from nbnorm._cpu.short_slots import short_moments
 from nbnorm._cpu.spans import ROWS, samples_of, short_rows, span, unpack
-from nbnorm._cpu.streams import begin, block_like, finish, writer
+from nbnorm._cpu.stores import seam_like
+from nbnorm._cpu.streams import begin, finish, writer
 from nbnorm._cpu.tiles import (
     FOUR,
     add_rows,
@@ -75,7 +76,7 @@ write_line = writer(_piece(apply_line), _piece(apply_block))
 @helper
 def apply_chunk(g, x, y, r, chunk, mean, rstd, weight, bias):
     """Normalize one chunk of a row, which is a task."""
-    x, y, seam, stream = borrowed(x), borrowed(y), block_like(y), begin(y, unpack(g).streamed)
+    x, y, seam, stream = borrowed(x), borrowed(y), seam_like(y), begin(y, unpack(g).streamed)
     stream = normalize_chunk(g, x, y, seam, stream, r, chunk, mean, rstd, weight, bias)
     finish(y, seam, stream)
 
@@ -109,7 +110,7 @@ def fetch_rows(g, x, first, last):
 def forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd):
     """Moments and normalization of a band."""
     cut = unpack(g)
-    x, y, seam, stream = borrowed(x), borrowed(y), block_like(y), begin(y, cut.streamed)
+    x, y, seam, stream = borrowed(x), borrowed(y), seam_like(y), begin(y, cut.streamed)
     start, end = samples_of(g, band)
     shift, sums = scratch(cut.step, x), wide((3, cut.step))
     for first in range(start * cut.period, end * cut.period, cut.step):
@@ -256,7 +257,7 @@ def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_
     cut = unpack(g)
     start, end = samples_of(g, band)
     terms, statistics = scratch(6 * ROWS, x), wide(4 * ROWS)
-    seam, stream = block_like(x), begin(x if dx is None else dx, cut.streamed)
+    seam, stream = seam_like(x), begin(x if dx is None else dx, cut.streamed)
     clear(g, chunk, band, sums)
     for sample in range(start, end, cut.together):
         rows = min(cut.together, end - sample)
@@ -276,7 +277,7 @@ def backward_band(g, x, dy, dx, band, mean, rstd, weight, sums):
     cut = unpack(g)
     start, end = samples_of(g, band)
     terms, statistics = scratch(6 * ROWS, x), wide(4 * ROWS)
-    seam, stream = block_like(x), begin(x if dx is None else dx, cut.streamed)
+    seam, stream = seam_like(x), begin(x if dx is None else dx, cut.streamed)
     for chunk in range(cut.chunks):
         clear(g, chunk, band, sums)
     for sample in range(start, end, cut.together):

@@ -17,7 +17,8 @@ from nbnorm._cpu.lanes import apply_row, copy_row, fill, input_grad_row, row_wei
 from nbnorm._cpu.launch import allocating, helper, inlined, loop
 from nbnorm._cpu.memory import borrowed, entry, part, row
 from nbnorm._cpu.scratch import room, scratch, wide
-from nbnorm._cpu.streams import BLOCK, begin, block_like, finish, writer
+from nbnorm._cpu.stores import BLOCK, seam_like
+from nbnorm._cpu.streams import begin, finish, writer
 from nbnorm._cpu.tiles import (
     add_rows,
     reciprocal_stds,
@@ -149,7 +150,7 @@ write_lanes = writer(apply_lanes)
 def apply_chunk(g, x, y, residual, activation, index, chunk, terms):
     """Normalize one chunk of rows of a block."""
     cut, own = unpack(g), locate(g, index)
-    x, y, seam, stream = borrowed(x), borrowed(y), block_like(y), begin(y, cut.streamed)
+    x, y, seam, stream = borrowed(x), borrowed(y), seam_like(y), begin(y, cut.streamed)
     start, end = chunk * cut.chunk, rows_end(cut, chunk)
     rows, given = (
         rows_in_one(cut, own, end - start, None, stream),
@@ -256,7 +257,7 @@ write_input_grad = writer(input_grad_lanes)
 def input_grad_chunk(g, x, dy, dx, dresidual, residual, activation, weights, index, chunk, t, constant):
     """Dx of one chunk of rows of a block, by the terms ``t``."""
     cut, own = unpack(g), locate(g, index)
-    x, dy, dx, seam, stream = borrowed(x), borrowed(dy), borrowed(dx), block_like(dx), begin(dx, cut.streamed)
+    x, dy, dx, seam, stream = borrowed(x), borrowed(dy), borrowed(dx), seam_like(dx), begin(dx, cut.streamed)
     start, end = chunk * cut.chunk, rows_end(cut, chunk)
     rows = rows_in_one(cut, own, end - start, weights, stream)
     for r in range(start, end, rows):

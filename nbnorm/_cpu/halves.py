@@ -28,15 +28,28 @@ def computing(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
 
 
+def typed_like(value, kind):
+    """Return LLVM's type of one value of a kind, or of as many as a vector has."""
+    vector = isinstance(value.type, ir.VectorType)
+    return ir.VectorType(kind, value.type.count) if vector else kind
+
+
+def constant_like(value, kind, number):
+    """Return one number of a kind, or as many as a vector has."""
+    whole = typed_like(value, kind)
+    return ir.Constant(whole, number if whole is kind else [number] * whole.count)
+
+
 def round_to_bfloat(builder, value):
-    """Emit the bits of a float32 whose upper half is the nearest bfloat16; ties to even.
+    """Emit the bits of a float32, or of a vector of them, whose upper half is the nearest bfloat16; ties to even.
 
     That is half a unit more, less one if the last bit that stays is 0. NaN is cut instead: the sum could carry into its
     sign, and a NaN that arithmetic made is one in its upper half.
     """
-    bits = builder.bitcast(value, _INT)
-    odd = builder.and_(builder.lshr(bits, _INT(16)), _INT(1))
-    rounded = builder.add(bits, builder.add(odd, _INT(0x7FFF)))
+    bits = builder.bitcast(value, typed_like(value, _INT))
+    shift, one, half = (constant_like(value, _INT, n) for n in (16, 1, 0x7FFF))
+    odd = builder.and_(builder.lshr(bits, shift), one)
+    rounded = builder.add(bits, builder.add(odd, half))
     is_number = builder.fcmp_ordered("ord", value, value)
     return builder.select(is_number, rounded, bits)
 

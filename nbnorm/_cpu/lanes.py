@@ -78,12 +78,12 @@ def input_grad_row(
             z = before_activation(value, residual, i, mean_hi[i], scale[i], shift[i])
             d = rounded(0.0, x) if absent else activation_gradient(d, z, activation)
         if dresidual is not None:
-            dresidual[i] = narrow(d, x)
+            dresidual[i] = narrow(d, dresidual)
         if slope is None:
-            dx[i] = narrow(d * gain[i], x)
+            dx[i] = narrow(d * gain[i], dx)
         else:
             x_hat = standardize(value, mean_hi[i], rstd[i])
             if w is None:
-                dx[i] = narrow(input_gradient(d, x_hat, slope[i], offset[i], gain[i]), x)
+                dx[i] = narrow(input_gradient(d, x_hat, slope[i], offset[i], gain[i]), dx)
             else:
-                dx[i] = narrow(input_gradient(d, x_hat, w * slope[i], w * offset[i], gain[i]), x)
+                dx[i] = narrow(input_gradient(d, x_hat, w * slope[i], w * offset[i], gain[i]), dx)

@@ -22,7 +22,7 @@ def apply_segment(x, y, residual, mean_hi, scale, shift, activation):
 
 @by_type(apply_segment)
 def _apply_segment(x, y, residual, mean_hi, scale, shift, activation):
-    return _elements_or_words(x, residual, apply_elements, apply_words)
+    return _elements_or_words(x, y, residual, apply_elements, apply_words)
 
 
 def apply_block(x, y, residual, mean_hi, scale, shift, activation):
@@ -32,12 +32,12 @@ def apply_block(x, y, residual, mean_hi, scale, shift, activation):
 
 @by_type(apply_block)
 def _apply_block(x, y, residual, mean_hi, scale, shift, activation):
-    return _elements_or_words(x, residual, block_elements, block_words)
+    return _elements_or_words(x, y, residual, block_elements, block_words)
 
 
-def _elements_or_words(x, residual, elements, pairs):
+def _elements_or_words(x, y, residual, elements, pairs):
     """Choose how values of a type are normalized."""
-    if x.dtype == types.int16 and is_none(residual):
+    if x.dtype == y.dtype == types.int16 and is_none(residual):
         return lambda x, y, residual, mean_hi, scale, shift, activation: pairs(
             x, y, mean_hi, scale, shift, activation
         )
@@ -140,12 +140,12 @@ def input_grad_segment(
             z = before_activation(value, residual, i, mean_hi, scale, shift)
             d = rounded(0.0, x) if absent else activation_gradient(d, z, activation)
         if dresidual is not None:
-            dresidual[i] = narrow(d, x)
+            dresidual[i] = narrow(d, dresidual)
         if slope is None:
-            dx[i] = narrow(d * gain, x)
+            dx[i] = narrow(d * gain, dx)
         elif weights is None:
-            dx[i] = narrow(input_gradient(d, standardize(value, mean_hi, hat_scale), slope, offset, gain), x)
+            dx[i] = narrow(input_gradient(d, standardize(value, mean_hi, hat_scale), slope, offset, gain), dx)
         else:
             w = weights[i]
             x_hat = standardize(value, mean_hi, hat_scale) if w > 0 else rounded(0.0, x)
-            dx[i] = narrow(input_gradient(d, x_hat, w * slope, w * offset, gain), x)
+            dx[i] = narrow(input_gradient(d, x_hat, w * slope, w * offset, gain), dx)

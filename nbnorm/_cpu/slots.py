@@ -12,7 +12,8 @@ from nbnorm._cpu.memory import borrowed, entry, part, row
 from nbnorm._cpu.scratch import room, scratch, wide
 from nbnorm._cpu.segments import apply_block, apply_segment, input_grad_segment, summands
 from nbnorm._cpu.short_slots import SLOTS, short_moments
-from nbnorm._cpu.streams import begin, block_like, finish, writer
+from nbnorm._cpu.stores import seam_like
+from nbnorm._cpu.streams import begin, finish, writer
 from nbnorm._cpu.tiles import (
     FOUR,
     PIECE,
@@ -136,7 +137,7 @@ write_run = writer(_piece(apply_segment), _piece(apply_block))
 def apply_chunk(g, x, y, slot, slots, chunk, mean, rstd, weight, bias, residual, activation):
     """Normalize one chunk of each of some slots, run by run."""
     cut = unpack(g)
-    x, y, seam, stream = borrowed(x), borrowed(y), block_like(y), begin(y, cut.streamed)
+    x, y, seam, stream = borrowed(x), borrowed(y), seam_like(y), begin(y, cut.streamed)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
     for r in range(r0, r0 + rows):
@@ -295,7 +296,7 @@ def input_grad_chunk(
 ):  # fmt: skip
     """Dx of one chunk of each of some slots, run by run."""
     cut = unpack(g)
-    x, dy, dx, seam, stream = borrowed(x), borrowed(dy), borrowed(dx), block_like(dx), begin(dx, cut.streamed)
+    x, dy, dx, seam, stream = borrowed(x), borrowed(dy), borrowed(dx), seam_like(dx), begin(dx, cut.streamed)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     first_run, end_run = runs(c0, cols, cut.run)
     for r in range(r0, r0 + rows):

@@ -16,26 +16,26 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from llvmlite import ir
 from numba import types
 
+from nbnorm._cpu.bfloats import processor_rounds
 from nbnorm._cpu.lanes import copy_row
 from nbnorm._cpu.launch import helper, inlined
 from nbnorm._cpu.memory import LINE, row
-from nbnorm._cpu.row_type import Row, data_of, emit_row
+from nbnorm._cpu.row_type import data_of
+from nbnorm._cpu.stores import block_like, rounded_in_blocks, store_block
 from nbnorm._math import emitted
 
-# As many bytes as the loops over elements take in one step: blocks of one line are not vectorized.
-BLOCK = 4 * LINE
 # Neighbours that are worth it if each row, segment or run of as many is followed by the next one, and the least length
 # of such a stretch; of halves by NumPy's letter. Of 192 and more values rows take 0.61 to 0.97 of the time, of 128 and
-# 160 0.86 to 1.2, of 64 and 96 1.08 to 1.9; of float16 0.32 to 1 from 512 on, 1.06 to 1.3 with 256; bfloat16, whose
-# rounding takes as long as its way to memory, 0.73 to 1.25 of any length. Segments of 196 and 256 take 0.78 to 0.84
-# (Zen 4; benchmarks/choices.py, streams); of 196, one slot by itself takes 1.7 to 1.9 times as long as eight that
-# follow each other (the same, slots past the caches).
+# 160 0.86 to 1.2, of 64 and 96 1.08 to 1.9; of float16 0.32 to 1 from 512 on, 1.06 to 1.3 with 256. Segments of 196 and
+# 256 take 0.78 to 0.84 (Zen 4; benchmarks/choices.py, streams); of 196, one slot by itself takes 1.7 to 1.9 times as
+# long as eight that follow each other (the same, slots past the caches). bfloat16 that is not rounded by the processor,
+# which takes as long as its way to memory, took 0.73 to 1.25 of any length; one that is takes 0.68 to 0.95, rows of 256
+# 1.04 to 1.06.
 LEAST = (192, 768)
 LEAST_OF_HALVES = {"e": (512, 2048), "E": (2048, 2048)}
+LEAST_OF_ROUNDED = (192, 2048)
 # Share of the last-level cache that x and the results may fill before they are worth it: others use it, too. Of 32 MB,
 # all walks take 0.63 to 0.95 of the time from 24 MB on, backward, forward from 28 MB; forward 0.73 to 1.04 with 24,
 # 0.92 to 1.13 with 20, 1.3 to 1.53 with 16 (Zen 4; benchmarks/choices.py, streams, cases around the last-level cache).
@@ -69,54 +69,15 @@ def remote() -> bool:
 
 def worthwhile(size: int, neighbours: int, stretch: int, letter: str) -> bool:
     """Whether arrays of so many bytes together do not stay in the caches, and most lines of a stretch are whole."""
-    least, least_stretch = LEAST_OF_HALVES.get(letter, LEAST)
-    return neighbours >= least and stretch >= least_stretch and size > FULL * last_level()
+    least_neighbours, least_stretch = least(letter)
+    return neighbours >= least_neighbours and stretch >= least_stretch and size > FULL * last_level()
 
 
-def block_like(y):
-    """Return room for a block of a result like y."""
-    return np.empty(BLOCK // y.itemsize, y.dtype)
-
-
-@emitted(block_like)
-def _block_like(typingctx, y):
-    result = Row(y.dtype, True, y.aligned)
-
-    def generate(context, builder, signature, args):
-        element = context.get_data_type(y.dtype)
-        n = BLOCK // context.get_abi_sizeof(element)
-        with builder.goto_entry_block():
-            room = builder.alloca(ir.ArrayType(element, n))
-        room.align = LINE
-        data = builder.bitcast(room, element.as_pointer())
-        return emit_row(context, builder, result, data, context.get_constant(types.intp, n))
-
-    return result(y), generate
-
-
-def store_block(block, y, first):
-    """Store a block, which begins with a line of memory, past the caches."""
-    y[first : first + block.shape[0]] = block
-
-
-@emitted(store_block)
-def _store_block(typingctx, block, y, first):
-    def generate(context, builder, signature, args):
-        word = context.get_value_type(types.intp)
-        source = data_of(context, builder, block, args[0])
-        target = builder.gep(data_of(context, builder, y, args[1]), [args[2]])
-        streamed = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
-        # As much as one vector becomes, half a line of halves: a whole line would be put together from two in memory.
-        size = LINE if block.dtype.bitwidth > 16 else LINE // 2
-        content = ir.VectorType(ir.IntType(8), size).as_pointer()
-        source, target = (builder.bitcast(data, content) for data in (source, target))
-        for i in range(BLOCK // size):
-            part = builder.load(builder.gep(source, [word(i)]), align=size)
-            store = builder.store(part, builder.gep(target, [word(i)]), align=size)
-            store.set_metadata("nontemporal", streamed)
-        return context.get_dummy_value()
-
-    return types.none(block, y, types.intp), generate
+def least(letter: str) -> tuple[int, int]:
+    """Return the least neighbours, and the least length of a stretch of them, that are worth it."""
+    if letter == "E" and processor_rounds():
+        return LEAST_OF_ROUNDED
+    return LEAST_OF_HALVES.get(letter, LEAST)
 
 
 def bytes_before_line(x):
@@ -199,10 +160,13 @@ def writer(piece: Any, whole_block: Any = None) -> Any:
     def write(y, seam, stream, first, size, given):
         """Write ``size`` neighbours from element ``first`` on.
 
-        The first piece ends where a block begins, the last is less than a block; plainly, one piece is all there is.
+        The first piece ends where a block begins, the last is less than a block; plainly, one piece is all there is
+        where the processor does not round blocks.
         """
         block = block_like(y)
         i, n, whole = 0, size, block.shape[0]
+        if rounded_in_blocks(y) and size >= whole:
+            n = 0
         if stream.past:
             stream = follow(y, seam, stream, first, size)
             ahead = stream.start - first
@@ -214,10 +178,10 @@ def writer(piece: Any, whole_block: Any = None) -> Any:
             piece(row(seam, held, n) if in_seam else row(y, at, n), at, i, n, given)
             i += n
             if in_seam and held + n == whole:
-                store_block(seam, y, first + i - whole)
+                store_block(seam, y, first + i - whole, True)
             while i + whole <= size:
                 whole_block(block, first + i, i, whole, given)
-                store_block(block, y, first + i)
+                store_block(block, y, first + i, stream.past)
                 i += whole
             n = size - i
         return stream
