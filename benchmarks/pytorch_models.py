@@ -1,8 +1,9 @@
 """How much faster does a PyTorch model train with nbnorm's norms, and from which size on does a call pay?
 
 python -m benchmarks.pytorch_models [--only ResNet] [--threads 2] [--rounds 15] [--json FILE] trains copies of each
-model in turns, step by step in one process: PyTorch's norms, nbnorm's, nbnorm's with fusion. It prints the best time of
-each and the median over the rounds of the ratio to PyTorch's step of the same round.
+model in turns, step by step in one process: PyTorch's norms, nbnorm's, nbnorm's with fusion, and none at all, which is
+as fast as other norms can make a model. It prints the best time of each and the median over the rounds of the ratio
+to PyTorch's step of the same round.
 
 python -m benchmarks.pytorch_models --calls times forward and backward of single modules over sizes instead, which is
 what the thresholds of nbnorm/torch/_policy.py stand on.
@@ -30,6 +31,7 @@ with suppress(ImportError):  # asv reads every file of this folder, in environme
 from benchmarks.common import interleaved
 
 Step = Callable[[], object]
+WAYS = ("nbnorm", "fused", "no norms")
 
 
 def mlp() -> nn.Module:
@@ -67,6 +69,15 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
 }
 
 
+def without_norms(model: nn.Module) -> nn.Module:
+    """Let every norm of a model hand its input on."""
+    norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, norms):
+            model.set_submodule(name, nn.Identity())
+    return model
+
+
 def training_step(model: nn.Module, x: Tensor) -> Step:
     """Return a step of gradient descent on a model."""
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
@@ -95,6 +106,7 @@ def steps(make: Callable[[], nn.Module], shape: tuple[int, ...], channels_last: 
     outputs = [copy.deepcopy(m)(x).detach() for m in models.values()]
     for y in outputs[1:]:
         torch.testing.assert_close(y, outputs[0], rtol=1e-3, atol=1e-3)
+    models["no norms"] = without_norms(copy.deepcopy(model))
     return {name: training_step(m, x) for name, m in models.items()}
 
 
@@ -182,15 +194,13 @@ def main(argv: list[str] | None = None) -> None:
         print_calls()
         return
     rows = {}
-    print(f"{'':44}{'PyTorch':>10}{'nbnorm':>22}{'fused':>22}")
+    print(f"{'':44}{'PyTorch':>10}" + "".join(f"{way:>22}" for way in WAYS))
     for name, case in MODELS.items():
         if options.only in name:
             rows[name] = compare(steps(*case), options.rounds)
-            cells = (f"{s * 1e3:9.1f} ms {r:6.3f}x" for s, r in list(rows[name].values())[1:])
-            print(
-                f"{name:44}{rows[name]['PyTorch'][0] * 1e3:7.1f} ms" + "".join(f"{c:>22}" for c in cells),
-                flush=True,
-            )
+            found = {way: f"{s * 1e3:9.1f} ms {r:6.3f}x" for way, (s, r) in rows[name].items()}
+            cells = "".join(f"{found.get(way, ''):>22}" for way in WAYS)
+            print(f"{name:44}{rows[name]['PyTorch'][0] * 1e3:7.1f} ms{cells}", flush=True)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(rows, file, indent=1)

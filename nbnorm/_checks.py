@@ -367,23 +367,26 @@ def fitting(value: Any, like: Any) -> bool:
 
 
 def fitting_gradients(dx: Any, dweight: Any, dbias: Any, x: Any, weight: Any, bias: Any) -> bool:
-    """Whether results surely pass `out` and share no memory with each other or with parameters, seen at a glance."""
-    for value, like in ((dx, x), (dweight, weight), (dbias, bias)):
-        if (
-            type(value) is not np.ndarray
-            or type(like) is not np.ndarray
-            or value.base is not None
-            or like.base is not None
-            or value.shape != like.shape
-            or value.dtype is not like.dtype
-            or not value.flags.behaved
-        ):
-            return False
-    # In pairs, since a set of them takes four times as long.
-    return not (
-        dx is dweight or dx is dbias or dx is weight or dx is bias or dweight is dbias or dweight is weight
-        or dweight is bias or dbias is weight or dbias is bias
-    )  # fmt: skip
+    """Whether results surely pass `out` and share no memory with each other or with parameters, seen at a glance.
+
+    Without loops and sets, which take half as long again.
+    """
+    return (
+        type(dx) is type(dweight) is type(dbias) is type(x) is type(weight) is type(bias) is np.ndarray
+        and dx.base is dweight.base is dbias.base is x.base is weight.base is bias.base is None
+        and dx.shape == x.shape
+        and dweight.shape == weight.shape
+        and dbias.shape == bias.shape
+        and dx.dtype is x.dtype
+        and dweight.dtype is weight.dtype
+        and dbias.dtype is bias.dtype
+        and dx.flags.behaved
+        and dweight.flags.behaved
+        and dbias.flags.behaved
+        and not (dx is dweight or dx is dbias or dweight is dbias)
+        and not (dx is weight or dweight is weight or dbias is weight)
+        and not (dx is bias or dweight is bias or dbias is bias)
+    )
 
 
 def apart(value: Any, *others: Any) -> bool:
