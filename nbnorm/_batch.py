@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbnorm import _call, _checks, _masks, _warn, running
+from nbnorm import _call, _checks, _glance, _masks, _warn, running
 from nbnorm._call import Call
 from nbnorm._dispatch import backend
 from nbnorm._options import Epilogue
@@ -48,12 +48,12 @@ def running_pair(call: Call, running_mean: Any, running_var: Any) -> Pair | None
         return None
     weight, bias, residual, _ = call.epilogue
     others = (weight, bias, call.source, call.out, residual)
-    if _checks.fitting_pair(running_mean, running_var, call.view.slots, others):
+    if _glance.fitting_pair(running_mean, running_var, call.view.slots, others):
         return running_mean, running_var
     _checks.both_or_neither(running_mean, running_var)
     pair = running.checked_pair(running_mean, running_var, call.view.slots)
     for name, buffer in zip(("running_mean", "running_var"), pair, strict=True):
-        if not _checks.apart(buffer, *others):
+        if not _glance.apart(buffer, *others):
             named = zip(("weight", "bias", "x", "out", "residual"), others, strict=True)
             _checks.disjoint(name, buffer, named)
     return pair

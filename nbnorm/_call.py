@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbnorm import _activation, _checks, _layout, _masks, _warn
+from nbnorm import _activation, _checks, _glance, _layout, _masks, _warn
 from nbnorm._dispatch import backend
 from nbnorm._layout import Order, Planner
 from nbnorm._options import Epilogue, Mask
@@ -129,8 +129,8 @@ def _call(
         residual = _checks.array("residual", residual)
         _checks.shape("residual", residual, source.shape)
         _checks.dtype("residual", residual, source.dtype)
-    apart = _checks.apart(out, source, weight, bias, residual)
-    if out is not None and not _checks.fitting(out, source):
+    apart = _glance.apart(out, source, weight, bias, residual)
+    if out is not None and not _glance.fitting(out, source):
         _checks.out("out", out, source.shape, source.dtype)
     if not apart:
         _checks.disjoint_from_parameters("out", out, weight, bias)

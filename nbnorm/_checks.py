@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from nbnorm._dispatch import library, place
+from nbnorm._glance import PARAMETERS, apart
 from nbnorm._libraries import is_cupy, is_foreign, type_name
 
-PARAMETERS = (np.dtype(np.float32), np.dtype(np.float64))
 _NAMES = "float16, bfloat16, float32, float64"
 SMALL_BATCH = ("error", "warn", "zero", "running")
 NONFINITE = ("propagate", "skip", "raise")
@@ -280,30 +280,6 @@ def both_or_neither(running_mean: Any, running_var: Any) -> None:
         raise ValueError(f"{given} was given without {missing}; give both or neither")
 
 
-def fitting_pair(running_mean: Any, running_var: Any, channels: int, others: Sequence[Any]) -> bool:
-    """Whether running statistics surely pass all checks, seen at a glance."""
-    if not (
-        type(running_mean) is type(running_var) is np.ndarray
-        and running_mean.base is running_var.base is None
-        and running_mean is not running_var
-        and running_mean.shape == running_var.shape == (channels,)
-        and running_mean.dtype in PARAMETERS
-        and running_var.dtype in PARAMETERS
-        and running_mean.flags.behaved
-        and running_var.flags.behaved
-    ):
-        return False
-    for other in others:
-        if other is not None and (
-            type(other) is not np.ndarray
-            or other.base is not None
-            or other is running_mean
-            or other is running_var
-        ):
-            return False
-    return True
-
-
 def shape(name: str, value: np.ndarray, expected: tuple[int, ...]) -> None:
     """Compare shapes."""
     if value.shape != expected:
@@ -356,49 +332,6 @@ def together(names: Sequence[str], arrays: Sequence[Any]) -> None:
             raise TypeError(f"{names[0]} is {place(arrays[0])}, but {name} is {place(value)}")
 
 
-def fitting(value: Any, like: Any) -> bool:
-    """Whether a result buffer surely passes `out`, seen at a glance."""
-    return (
-        type(value) is type(like) is np.ndarray
-        and value.shape == like.shape
-        and value.dtype == like.dtype
-        and value.flags.behaved
-    )
-
-
-def fitting_gradients(dx: Any, dweight: Any, dbias: Any, x: Any, weight: Any, bias: Any) -> bool:
-    """Whether results surely pass `out` and share no memory with each other or with parameters, seen at a glance.
-
-    Without loops and sets, which take half as long again.
-    """
-    return (
-        type(dx) is type(dweight) is type(dbias) is type(x) is type(weight) is type(bias) is np.ndarray
-        and dx.base is dweight.base is dbias.base is x.base is weight.base is bias.base is None
-        and dx.shape == x.shape
-        and dweight.shape == weight.shape
-        and dbias.shape == bias.shape
-        and dx.dtype is x.dtype
-        and dweight.dtype is weight.dtype
-        and dbias.dtype is bias.dtype
-        and dx.flags.behaved
-        and dweight.flags.behaved
-        and dbias.flags.behaved
-        and not (dx is dweight or dx is dbias or dweight is dbias)
-        and not (dx is weight or dweight is weight or dbias is weight)
-        and not (dx is bias or dweight is bias or dbias is bias)
-    )
-
-
-def apart(value: Any, *others: Any) -> bool:
-    """Whether an array surely shares no memory with others, seen at a glance: each of them owns its own."""
-    if type(value) is not np.ndarray or value.base is not None:
-        return False
-    for other in others:
-        if other is not None and (other is value or type(other) is not np.ndarray or other.base is not None):
-            return False
-    return True
-
-
 def disjoint(name: str, value: np.ndarray, others: Iterable[tuple[str, Any]], reason: str = "") -> None:
     """Refuse memory that is shared with one of the other arrays."""
     for other_name, other in others:
@@ -418,19 +351,6 @@ def overlap(a: np.ndarray, b: np.ndarray) -> bool:
         return bool(np.shares_memory(a, b, max_work=10_000))  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
-
-
-def distinct(*arrays: Any) -> bool:
-    """Whether arrays surely share no memory with each other, seen at a glance: `apart` for all pairs."""
-    seen: set[int] = set()
-    given = 0
-    for array in arrays:
-        if array is not None:
-            if type(array) is not np.ndarray or array.base is not None:
-                return False
-            seen.add(id(array))
-            given += 1
-    return len(seen) == given
 
 
 def keys(name: str, mapping: Mapping[str, Any], expected: Collection[str]) -> None:

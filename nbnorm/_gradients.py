@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm import _checks, _layout
+from nbnorm import _checks, _glance, _layout
 from nbnorm._dispatch import backend
 from nbnorm.saved import Saved
 
@@ -62,7 +62,7 @@ def _at_a_glance(dy: Any, saved: Saved, out: Any, names: int) -> bool:
     """
     x = saved.x
     if (
-        not _checks.fitting(dy, x)
+        not _glance.fitting(dy, x)
         or dy.strides != x.strides
         or saved.constant
         or saved.parts
@@ -76,7 +76,7 @@ def _at_a_glance(dy: Any, saved: Saved, out: Any, names: int) -> bool:
     return (
         type(out) is tuple
         and len(out) == names == 3
-        and _checks.fitting_gradients(*out, x, saved.weight, saved.bias)
+        and _glance.fitting_gradients(*out, x, saved.weight, saved.bias)
         and out[0].strides == x.strides
         and dy.base is None
     )
@@ -105,7 +105,7 @@ def check_whole(saved: Saved) -> None:
 
 def gradient(dy: Any, saved: Saved) -> Any:
     """Return a checked dy in the memory order of x."""
-    if not _checks.fitting(dy, saved.x):
+    if not _glance.fitting(dy, saved.x):
         dy = _checks.array("dy", dy)
         _checks.shape("dy", dy, saved.x.shape)
         _checks.dtype("dy", dy, saved.x.dtype)
@@ -238,9 +238,9 @@ def _buffers(
         raise ValueError(
             f"out must be a tuple of {len(names)} arrays or None ({', '.join(names)}), got {out!r:.80}"
         )
-    distinct = _checks.distinct(*out, saved.weight, saved.bias)
+    distinct = _glance.distinct(*out, saved.weight, saved.bias)
     for i, buffer in enumerate(out):
-        if buffer is None or (distinct and wanted[i] and _checks.fitting(buffer, likes[i])):
+        if buffer is None or (distinct and wanted[i] and _glance.fitting(buffer, likes[i])):
             continue
         name, like = f"out[{i}]", likes[i]
         if not wanted[i] or like is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm import _checks
+from nbnorm import _checks, _glance
 from nbnorm._dispatch import library
 from nbnorm._view import View, memory_order
 from nbnorm.saved import Saved
@@ -86,7 +86,7 @@ def workspace(out: np.ndarray | None, like: np.ndarray, *inputs: np.ndarray | No
     """
     if out is None or (out.strides != like.strides and order(out) != order(like)):
         return empty_like(like)
-    if _checks.apart(out, *inputs):
+    if _glance.apart(out, *inputs):
         return out
     for x in inputs:
         if x is not None and x is not out and _checks.overlap(out, x) and _address(out) != _address(x):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbnorm import _checks
+from nbnorm import _checks, _glance
 from nbnorm._dispatch import backend, library
 from nbnorm.moments import Moments
 
@@ -80,7 +80,7 @@ def checked_pair(running_mean: Any, running_var: Any, channels: int) -> Pair:
         _checks.running("running_mean", running_mean, channels),
         _checks.running("running_var", running_var, channels),
     )
-    if not _checks.apart(*pair):
+    if not _glance.apart(*pair):
         _checks.disjoint("running_var", pair[1], [("running_mean", pair[0])])
     return pair
 

@@ -32,7 +32,7 @@ LEVELS = [
     {"_dispatch", "_tables"},
     {"_cpu", "_cuda"},
     {"_activation"},
-    {"_expressions", "_libraries", "_math", "_options", "_view", "_warn"},
+    {"_expressions", "_glance", "_libraries", "_math", "_options", "_view", "_warn"},
     {"_inner"},
     {"_rounds"},
 ]
