@@ -14,6 +14,7 @@ from nbnorm.saved import Saved
 Array = np.ndarray
 Sums = tuple[Array, Array]
 GRADIENTS = ("dx", "dweight", "dbias")
+WITHOUT_BIAS = GRADIENTS[:2]
 NO_BUFFERS = (None,) * len(GRADIENTS)
 
 
@@ -56,9 +57,10 @@ def backward(
 
 
 def _at_a_glance(dy: Any, saved: Saved, out: Any, names: int) -> bool:
-    """Whether all arrays surely pass all checks and lie in memory as x does, and one call to the backend is all.
+    """Whether all arrays surely pass all checks, dy and dx lie in memory as x does, and one call to the backend is all.
 
-    So it is for most calls, of which small ones notice what follows otherwise (benchmarks/small_call.py).
+    So it is for most calls, of which small ones notice what follows otherwise (benchmarks/small_call.py). Dx may be dy,
+    but not overlap it otherwise: each owns its memory.
     """
     x = saved.x
     if (

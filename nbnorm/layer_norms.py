@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm import _call, _gradients
-from nbnorm._gradients import GRADIENTS
+from nbnorm._gradients import GRADIENTS, WITHOUT_BIAS
 from nbnorm.saved import Saved
 
 Array = np.ndarray
@@ -163,7 +163,7 @@ def rms_norm_backward(
     dy: Any,
     saved: Saved,
     *,
-    need: Collection[str] = GRADIENTS[:2],
+    need: Collection[str] = WITHOUT_BIAS,
     out: tuple[Array | None, ...] | None = None,
 ) -> tuple[Array | None, Array | None]:
     r"""Gradients of `rms_norm_forward` by x and weight.
@@ -201,5 +201,5 @@ def rms_norm_backward(
     >>> dweight
     array([0.2, 1.4])
     """
-    dx, dweight = _gradients.backward("rms_norm", dy, saved, need, out, GRADIENTS[:2])
+    dx, dweight = _gradients.backward("rms_norm", dy, saved, need, out, WITHOUT_BIAS)
     return dx, dweight

@@ -1,7 +1,7 @@
 """Blocks of results: room for one, and how one goes to memory.
 
-A block has as many bytes as loops over elements take in one step: those of one line are not vectorized. It begins as
-values in the type of the result or, where the processor rounds vectors of them (`bfloats`), in float32.
+In memory, a block is as many bytes as loops over elements take in one step: those of one line are not vectorized. It
+begins as values in the type of the result or, where the processor rounds vectors of them (`bfloats`), in float32.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BLOCK = 4 * LINE
 
 
 def rounded_in_blocks(y):
-    """Whether results like y are rounded block by block, those that stay in the caches, too."""
+    """Whether results like y are rounded block by block, as far as there are blocks, also in the caches."""
     return False
 
 

@@ -160,8 +160,8 @@ def writer(piece: Any, whole_block: Any = None) -> Any:
     def write(y, seam, stream, first, size, given):
         """Write ``size`` neighbours from element ``first`` on.
 
-        The first piece ends where a block begins, the last is less than a block; plainly, one piece is all there is
-        where the processor does not round blocks.
+        The first piece ends where a block begins, the last is less than a block. Plainly, one piece is all there is,
+        but for blocks that the processor rounds: then the first is empty.
         """
         block = block_like(y)
         i, n, whole = 0, size, block.shape[0]
