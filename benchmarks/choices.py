@@ -85,6 +85,8 @@ STREAMS = (
         for norm, shape, last in (
             ("batch", (64, 512, 28, 28), False),
             ("batch", (64, 128, 56, 56), False),
+            ("batch", (64, 1024, 14, 14), False),
+            ("batch", (167, 192, 28, 28), True),
             ("batch", (167, 256, 28, 28), True),
             ("batch", (64, 512, 28, 28), True),
             ("batch", (64, 1024, 14, 14), True),

@@ -85,14 +85,15 @@ class Saved(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays that are kept alive."""
-        arrays = [self.x, self.weight, self.bias, self.epilogue.residual, *self._small()]
+        arrays = [self.x, self.weight, self.bias, *self._small()]
         for part in self.parts:
             arrays += part._small()
-        return sum(array.nbytes for array in arrays if array is not None)
+        return sum(array.nbytes for array in {id(a): a for a in arrays if a is not None}.values())
 
     def _small(self) -> list[Any]:
         """Return the arrays that are its own."""
-        return [self.mean, self.rstd, self.m2, *(self.mask or ()), *(self.correction or ())]
+        own = [self.mean, self.rstd, self.m2, *(self.mask or ()), *(self.correction or ())]
+        return [*own, *self.epilogue[:3]]
 
     def _counts(self) -> str:
         """Write one count, or the range of several."""

@@ -185,7 +185,11 @@ def test_saved_is_frozen_and_readable(rng):
     assert saved.count == 60
     assert saved.mean.shape == saved.rstd.shape == (6,)
     assert saved.moments.count == 60
-    assert saved.nbytes >= x.nbytes + saved.mean.nbytes + saved.rstd.nbytes
+    each = 6 * 8  # mean, rstd and m2 are float64; weight and bias are float32
+    assert saved.nbytes == x.nbytes + 3 * each + 2 * each // 2
+    running = np.zeros(6), np.ones(6)
+    with_renorm = nbnorm.batch_norm_forward(x, None, None, *running, renorm=(3.0, 5.0))[1]
+    assert with_renorm.nbytes == x.nbytes + 5 * each  # and r and d, which stand for weight and bias
     oracle.assert_same_bits(saved.rstd, saved.moments.rstd(1e-5))
     with pytest.raises(AttributeError):
         saved.mean = None

@@ -29,7 +29,7 @@ def _convert_in_blocks(x, y):
     for first in range(0, x.shape[0] - whole + 1, whole):
         for i in range(whole):
             block[i] = narrow(x[first + i], block)
-        store_block(block, y, first, first % 2 == 0)
+        store_block(block, y, first, first // whole % 2 == 0)
 
 
 @on_halves

@@ -13,11 +13,12 @@ from typing import Any
 from llvmlite import ir
 from llvmlite.binding import llvm_version_info
 from numba import types
+from numba.core.cgutils import get_or_insert_function
 from numba.core.registry import cpu_target
 
 from nbnorm._cpu.halves import constant_like, round_to_bfloat, typed_like
+from nbnorm._cpu.tiles import VECTOR
 
-VECTOR = 16  # values
 _INT, _SHORT = ir.IntType(32), ir.IntType(16)
 _SUBNORMAL = 0x20  # of the classes that the instruction knows
 
@@ -49,8 +50,11 @@ def processor_rounds() -> bool:
 
 def emit_rounded(builder: Any, vectors: list[Any]) -> list[Any]:
     """Emit the bits of bfloat16 that are nearest to vectors of float32; ties to even."""
-    subnormal = _intrinsic(builder, "fpclass.ps", ir.VectorType(ir.IntType(1), VECTOR), vectors[0].type, _INT)
-    nearest = _intrinsic(builder, "bf16.cvtneps2bf16", ir.VectorType(_BFloat(), VECTOR), vectors[0].type)
+    floats = vectors[0].type
+    class_of = ir.FunctionType(ir.VectorType(ir.IntType(1), VECTOR), [floats, _INT])
+    conversion = ir.FunctionType(ir.VectorType(_BFloat(), VECTOR), [floats])
+    subnormal = get_or_insert_function(builder.module, class_of, "llvm.x86.avx512.fpclass.ps.512")
+    nearest = get_or_insert_function(builder.module, conversion, "llvm.x86.avx512bf16.cvtneps2bf16.512")
     found = builder.call(subnormal, [vectors[0], _INT(_SUBNORMAL)])
     for vector in vectors[1:]:
         found = builder.or_(found, builder.call(subnormal, [vector, _INT(_SUBNORMAL)]))
@@ -70,10 +74,3 @@ def emit_rounded(builder: Any, vectors: list[Any]) -> list[Any]:
         for value, end in zip(ends, (exact_end, quick_end), strict=True):
             results[-1].add_incoming(value, end)
     return results
-
-
-def _intrinsic(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
-    """Declare one of LLVM's functions for instructions of AVX-512."""
-    full = f"llvm.x86.avx512{name if name.startswith('bf16') else '.' + name}.512"
-    known = builder.module.globals.get(full)
-    return known or ir.Function(builder.module, ir.FunctionType(result, arguments), full)

@@ -104,9 +104,7 @@ def _fetch(typingctx, x, i):
         address = builder.bitcast(data, ir.IntType(8).as_pointer())
         number = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
-        prefetch = builder.module.globals.get("llvm.prefetch.p0") or ir.Function(
-            builder.module, kind, "llvm.prefetch.p0"
-        )
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         builder.call(prefetch, [address, number(0), number(3), number(1)])
         return context.get_dummy_value()
 

@@ -10,9 +10,10 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from nbnorm._cpu.bfloats import VECTOR, emit_rounded, rounded_at_once
+from nbnorm._cpu.bfloats import emit_rounded, rounded_at_once
 from nbnorm._cpu.memory import LINE
 from nbnorm._cpu.row_type import Row, data_of, emit_row
+from nbnorm._cpu.tiles import VECTOR
 from nbnorm._math import emitted
 
 BLOCK = 4 * LINE

@@ -31,8 +31,9 @@ from nbnorm._math import emitted
 # 160 0.86 to 1.2, of 64 and 96 1.08 to 1.9; of float16 0.32 to 1 from 512 on, 1.06 to 1.3 with 256. Segments of 196 and
 # 256 take 0.78 to 0.84 (Zen 4; benchmarks/choices.py, streams); of 196, one slot by itself takes 1.7 to 1.9 times as
 # long as eight that follow each other (the same, slots past the caches). bfloat16 that is not rounded by the processor,
-# which takes as long as its way to memory, took 0.73 to 1.25 of any length; one that is takes 0.68 to 0.95, rows of 256
-# 1.04 to 1.06.
+# which takes as long as its way to memory, took 0.73 to 1.25 of any length; one that is takes 0.68 to 0.95 from 192
+# lanes on, rows of 256 1.03 to 1.13 (the same, streams), eight segments of 196, a shorter stretch, 0.83 to 1; half as
+# many of these took up to 1.11 backward in trials.
 LEAST = (192, 768)
 LEAST_OF_HALVES = {"e": (512, 2048), "E": (2048, 2048)}
 LEAST_OF_ROUNDED = (192, 2048)
