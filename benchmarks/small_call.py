@@ -38,9 +38,7 @@ def steps() -> dict[str, dict[str, Callable[[], object]]]:
         "forward": {
             "call": lambda: nbnorm.batch_norm_forward(x, weight, bias, out=y),
             "with running statistics": lambda: nbnorm.batch_norm_forward(x, weight, bias, *running, out=y),
-            "checks and plan": lambda: _call.batch_call(
-                "batch_norm_forward", x, weight, bias, 1e-5, 1, y, _call.Options()
-            ),
+            "checks and plan": lambda: _call.batch_call("batch_norm_forward", x, weight, bias, 1e-5, 1, y),
             "settings": lambda: _batch.training(0.1, 1, "error", "propagate"),
             "where to write": lambda: _layout.workspace(y, x, x),
             "backend": lambda: _cpu.forward(view, x, y, call.epilogue, 1e-5),

@@ -47,14 +47,14 @@ def running_pair(call: Call, running_mean: Any, running_var: Any) -> Pair | None
     if running_mean is None and running_var is None:
         return None
     weight, bias, residual, _ = call.epilogue
-    others = (weight, bias, call.source, call.out, residual)
-    if _glance.fitting_pair(running_mean, running_var, call.view.slots, others):
+    others = (call.source, weight, bias, residual, call.out)
+    if call.owned and _glance.fitting_pair(running_mean, running_var, call.view.slots, *others):
         return running_mean, running_var
     _checks.both_or_neither(running_mean, running_var)
-    pair = running.checked_pair(running_mean, running_var, call.view.slots)
+    pair = running.checked_pair(running_mean, running_var, "x", call.source, call.view.slots)
     for name, buffer in zip(("running_mean", "running_var"), pair, strict=True):
         if not _glance.apart(buffer, *others):
-            named = zip(("weight", "bias", "x", "out", "residual"), others, strict=True)
+            named = zip(("x", "weight", "bias", "residual", "out"), others, strict=True)
             _checks.disjoint(name, buffer, named)
     return pair
 
@@ -79,8 +79,7 @@ def track(saved: Saved, pair: Pair | None, rule: Rule) -> int | None:
     """Let the moments of a batch enter the running statistics; return how many channels were left out."""
     if pair is None or saved.count == 0.0 or not saved.view.size:
         return None
-    m: Any = saved.whole or saved
-    return running.update(pair, m.mean, running.batch_var(m.count, m.m2, rule.ddof), rule)
+    return running.update(pair, saved.whole or saved, rule)
 
 
 def normalize_batch(call: Call, pair: Pair | None, settings: Training) -> tuple[Array, Saved]:
@@ -91,9 +90,10 @@ def normalize_batch(call: Call, pair: Pair | None, settings: Training) -> tuple[
     rule = settings.rule
     if settings.renorm is not None or rule.nonfinite == "raise":
         mean, m2 = backend(call.x).moments(call.view, call.x, True, call.mask)
+        m = Moments(count, mean, m2)
         if rule.nonfinite == "raise":
-            running.require_finite(pair, mean, running.batch_var(count, m2, rule.ddof), rule)
-        rstd = Moments(count, mean, m2).rstd(call.eps)
+            running.require_finite(pair, m, rule)
+        rstd = m.rstd(call.eps)
         if settings.renorm is not None:
             correction = renormalization(call, mean, m2, count, pair, settings.renorm)
         epilogue = corrected(call.epilogue, correction)
@@ -162,11 +162,12 @@ def forward_single(call: Call, pair: Pair | None, rule: Rule) -> tuple[Array, Sa
     if pair is None:
         raise ValueError("running_mean and running_var are required when small_batch='running'")
     value, _ = backend(call.x).moments(call.view, call.x, True, call.mask)
-    var = (1.0 - rule.momentum) * (value - pair[0]) ** 2
+    m = Moments(1.0, value, (1.0 - rule.momentum) * (value - pair[0]) ** 2)
+    rule = rule._replace(ddof=0)
     if rule.nonfinite == "raise":
-        running.require_finite(pair, value, var, rule)
+        running.require_finite(pair, m, rule)
     y, saved = forward_by_constants(call, *pair)
-    return y, saved, running.update(pair, value, var, rule)
+    return y, saved, running.update(pair, m, rule)
 
 
 def forward_by_constants(call: Call, mean: Array, var: Array) -> tuple[Array, Saved]:

@@ -33,7 +33,8 @@ class Call(NamedTuple):
     sample_axis: int
     eps: float
     out: Array | None
-    apart: bool  # whether ``out`` surely shares no memory with what came, seen at a glance
+    owned: bool  # whether all that came, and ``out``, surely own their memory, seen at a glance
+    apart: bool  # whether ``out`` surely shares no memory with the rest
 
 
 class Options(NamedTuple):
@@ -52,7 +53,7 @@ class Options(NamedTuple):
 PLAIN = Options()
 
 
-def options_of(activation: Any, residual: Any, mask: Any) -> Options:
+def options_of(activation: Any = None, residual: Any = None, mask: Any = None) -> Options:
     """Return options of a forward call; a tuple of none at all is not made again, which small calls notice."""
     if activation is residual is mask is None:
         return PLAIN
@@ -70,6 +71,10 @@ def batch_call(
     source = _checks.array("x", x)
     _checks.at_least_2d(operation, source)
     axis = _checks.axis("channel_axis", channel_axis, source.ndim)
+    if options is PLAIN and _glance.fitting_inputs(source, weight, bias, out, (source.shape[axis],)):
+        view = batch_view(source.shape, source.strides, source.itemsize, axis)
+        if view is not None:
+            return _at_a_glance(operation, source, view, sample_axis(axis), weight, bias, eps, out)
     weight = _checks.parameter("weight", weight, axis, source.shape)
     bias = _checks.parameter("bias", bias, axis, source.shape)
     masked = options.mask is not None
@@ -88,11 +93,16 @@ def group_call(
     source = _checks.array("x", x)
     _checks.at_least_2d(operation, source)
     axis = _checks.axis("channel_axis", channel_axis, source.ndim)
-    weight = _checks.parameter("weight", weight, axis, source.shape)
-    bias = _checks.parameter("bias", bias, axis, source.shape)
     channels = source.shape[axis]
     groups = channels if groups is None else _checks.num_groups(groups, channels)
     samples = sample_axis(axis)
+    if options is PLAIN and _glance.fitting_inputs(source, weight, bias, out, (channels,)):
+        view = group_view(source.shape, source.strides, source.itemsize, axis, groups)
+        if view is not None:
+            call = _at_a_glance(operation, source, view, samples, weight, bias, eps, out)
+            return call, (source.shape[samples], groups)
+    weight = _checks.parameter("weight", weight, axis, source.shape)
+    bias = _checks.parameter("bias", bias, axis, source.shape)
     planner = partial(group_view, channel_axis=axis, num_groups=groups, plain=options.plain)
 
     def order() -> list[int]:
@@ -109,12 +119,29 @@ def trailing_call(
     source = _checks.array("x", x)
     split = _checks.trailing_axes(operation, axis, source.ndim)
     normalized = source.shape[split:]
+    if _glance.fitting_inputs(source, weight, bias, out, normalized):
+        view = trailing_view(source.shape, source.strides, source.itemsize, len(normalized))
+        if view is not None:
+            return _at_a_glance(operation, source, view, -1, weight, bias, eps, out), source.shape[:split]
     weight = _checks.normalized_parameter("weight", weight, normalized, source.shape)
     bias = _checks.normalized_parameter("bias", bias, normalized, source.shape)
     planner = partial(trailing_view, normalized=len(normalized))
     order = partial(range, source.ndim)
     call = _call(operation, source, planner, order, -1, -1, weight, bias, eps, out, PLAIN)
     return call, source.shape[:split]
+
+
+def _at_a_glance(
+    operation: str, x: Array, view: View, samples: int, weight: Array | None, bias: Array | None, eps: Any, out: Any
+) -> Call:  # fmt: skip
+    """Return a call without options whose arrays surely pass all checks and have a view as they lie in memory.
+
+    So it is for most calls, of which small ones notice what `_call` does (benchmarks/small_call.py).
+    """
+    epilogue = Epilogue(weight, bias)
+    return Call(
+        operation, x, x, view, None, epilogue, False, None, samples, _checks.eps(eps), out, True, out is not None
+    )  # fmt: skip
 
 
 def _call(
@@ -129,11 +156,15 @@ def _call(
         residual = _checks.array("residual", residual)
         _checks.shape("residual", residual, source.shape)
         _checks.dtype("residual", residual, source.dtype)
-    apart = _glance.apart(out, source, weight, bias, residual)
+    owned = _glance.owners(source, weight, bias, residual, out)
+    apart = (
+        owned and out is not None and not (out is source or out is weight or out is bias or out is residual)
+    )
     if out is not None and not _glance.fitting(out, source):
         _checks.out("out", out, source.shape, source.dtype)
     if not apart:
         _checks.disjoint_from_parameters("out", out, weight, bias)
+    if not owned:
         _checks.together(_TOGETHER, (source, weight, bias, residual, out))
     if weights is not None:
         weights = _masks.check(weights, source.shape, channel_axis)
@@ -146,7 +177,9 @@ def _call(
         residual = _layout.arrange(residual, x)
     marker = None if activation is None else _activation.marker(*activation, double=source.itemsize == 8)
     epilogue = Epilogue(weight, bias, residual, marker)
-    return Call(operation, source, x, view, results, epilogue, with_residual, mask, samples, eps, out, apart)
+    return Call(
+        operation, source, x, view, results, epilogue, with_residual, mask, samples, eps, out, owned, apart
+    )
 
 
 def keep_inputs(call: Call) -> None:

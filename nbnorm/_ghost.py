@@ -48,8 +48,7 @@ def forward_training(
         raise ValueError("running_mean and running_var are required when small_batch='running'")
     if settings.rule.nonfinite == "raise":
         mean, m2 = backend(call.x).moments(call.view, call.x, True, call.mask)
-        var = running.batch_var(_batch.count_of(call), m2, settings.rule.ddof)
-        running.require_finite(pair, mean, var, settings.rule)
+        running.require_finite(pair, Moments(_batch.count_of(call), mean, m2), settings.rule)
         settings = settings._replace(rule=settings.rule._replace(nonfinite="propagate"))
     parts = tuple(_normalize(part, pair, settings) for part in calls)
     saved = _call.save(

@@ -5,7 +5,6 @@ Most arguments are such, and small calls notice the rest (benchmarks/small_call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,9 +22,54 @@ def fitting(value: Any, like: Any) -> bool:
     )
 
 
-def fitting_pair(running_mean: Any, running_var: Any, channels: int, others: Sequence[Any]) -> bool:
-    """Whether running statistics surely pass all checks, seen at a glance."""
-    if not (
+def fitting_inputs(x: Any, weight: Any, bias: Any, out: Any, parameters: tuple[int, ...]) -> bool:
+    """Whether the arrays of a forward call surely pass all checks and share no memory, seen at a glance.
+
+    ``parameters`` is the shape of weight and bias. Where they lie in memory remains to be seen.
+    """
+    return (
+        type(x) is np.ndarray
+        and x.base is None
+        and x.dtype in PARAMETERS
+        and (
+            weight is None
+            or (
+                type(weight) is np.ndarray
+                and weight.base is None
+                and weight.shape == parameters
+                and weight.dtype in PARAMETERS
+                and weight.flags.aligned
+            )
+        )
+        and (
+            bias is None
+            or (
+                type(bias) is np.ndarray
+                and bias.base is None
+                and bias.shape == parameters
+                and bias.dtype in PARAMETERS
+                and bias.flags.aligned
+            )
+        )
+        and (
+            out is None
+            or (fitting(out, x) and out.base is None and not (out is x or out is weight or out is bias))
+        )
+    )
+
+
+def fitting_pair(
+    running_mean: Any,
+    running_var: Any,
+    channels: int,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    residual: Any,
+    out: Any,
+) -> bool:
+    """Whether running statistics surely pass all checks beside arrays that are `owners`, seen at a glance."""
+    return (
         type(running_mean) is type(running_var) is np.ndarray
         and running_mean.base is running_var.base is None
         and running_mean is not running_var
@@ -34,17 +78,11 @@ def fitting_pair(running_mean: Any, running_var: Any, channels: int, others: Seq
         and running_var.dtype in PARAMETERS
         and running_mean.flags.behaved
         and running_var.flags.behaved
-    ):
-        return False
-    for other in others:
-        if other is not None and (
-            type(other) is not np.ndarray
-            or other.base is not None
-            or other is running_mean
-            or other is running_var
-        ):
-            return False
-    return True
+        and not (running_mean is x or running_mean is weight or running_mean is bias)
+        and not (running_var is x or running_var is weight or running_var is bias)
+        and not (running_mean is residual or running_mean is out)
+        and not (running_var is residual or running_var is out)
+    )
 
 
 def fitting_gradients(dx: Any, dweight: Any, dbias: Any, x: Any, weight: Any, bias: Any) -> bool:
@@ -70,14 +108,17 @@ def fitting_gradients(dx: Any, dweight: Any, dbias: Any, x: Any, weight: Any, bi
     )
 
 
-def apart(value: Any, *others: Any) -> bool:
-    """Whether an array surely shares no memory with others, seen at a glance: each of them owns its own."""
-    if type(value) is not np.ndarray or value.base is not None:
-        return False
-    for other in others:
-        if other is not None and (other is value or type(other) is not np.ndarray or other.base is not None):
+def owners(*arrays: Any) -> bool:
+    """Whether arrays are NumPy's own, each the owner of its memory, as far as they are there."""
+    for array in arrays:
+        if array is not None and (type(array) is not np.ndarray or array.base is not None):
             return False
     return True
+
+
+def apart(value: Any, *others: Any) -> bool:
+    """Whether an array surely shares no memory with others, seen at a glance: each of them owns its own."""
+    return value is not None and owners(value, *others) and not any(other is value for other in others)
 
 
 def distinct(*arrays: Any) -> bool:

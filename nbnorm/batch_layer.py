@@ -150,7 +150,7 @@ class BatchNorm(ChannelLayer):
     def _normalize(self, x: Array, out: Array | None, **options: Any) -> tuple[Array, Saved]:
         """Normalize by the batch in training, else by a snapshot of the running statistics."""
         weight, bias = self.params.get("weight"), self.params.get("bias")
-        given = _call.Options(**options)
+        given = _call.options_of(**options)
         call = _call.batch_call("BatchNorm", x, weight, bias, self.eps, self.channel_axis, out, given)
         _call.keep_inputs(call)
         with self._lock:

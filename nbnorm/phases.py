@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm import _batch, _call, _checks, _gradients
-from nbnorm._call import Activation, Options
+from nbnorm._call import Activation
 from nbnorm._dispatch import backend
 from nbnorm.moments import GradSums, Moments
 from nbnorm.saved import Saved
@@ -46,7 +46,9 @@ def batch_moments(x: Any, channel_axis: int = 1, mask: Any = None) -> Moments:
     >>> nbnorm.batch_moments(np.array([[1.0, 2.0], [3.0, 6.0]])).mean
     array([2., 4.])
     """
-    call = _call.batch_call("batch_moments", x, None, None, 0.0, channel_axis, None, Options(mask=mask))
+    call = _call.batch_call(
+        "batch_moments", x, None, None, 0.0, channel_axis, None, _call.options_of(mask=mask)
+    )
     mean, m2 = backend(call.x).moments(call.view, call.x, True, call.mask)
     return Moments(_batch.count_of(call), mean, m2)
 

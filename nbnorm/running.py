@@ -63,55 +63,55 @@ def update_running_stats(
     (array([1.]), array([1.5]))
     """
     _checks.instance("m", m, Moments)
-    pair = checked_pair(running_mean, running_var, m.mean.size)
+    pair = checked_pair(running_mean, running_var, "m", m.mean, m.mean.size)
     rule = Rule(_checks.momentum(momentum), _checks.ddof(ddof), nonfinite)
     _checks.choice("nonfinite", nonfinite, _checks.NONFINITE)
     if m.count == 0.0:
         return
-    var = batch_var(m.count, m.m2, rule.ddof)
     if nonfinite == "raise":
-        require_finite(pair, m.mean, var, rule)
-    update(pair, m.mean, var, rule)
+        require_finite(pair, m, rule)
+    update(pair, m, rule)
 
 
-def checked_pair(running_mean: Any, running_var: Any, channels: int) -> Pair:
-    """Return both buffers if they can be updated."""
+def checked_pair(running_mean: Any, running_var: Any, name: str, batch: Any, channels: int) -> Pair:
+    """Return both buffers if they can be updated by what comes of ``batch``, an array."""
     pair = (
         _checks.running("running_mean", running_mean, channels),
         _checks.running("running_var", running_var, channels),
     )
+    _checks.together((name, "running_mean", "running_var"), (batch, *pair))
     if not _glance.apart(*pair):
         _checks.disjoint("running_var", pair[1], [("running_mean", pair[0])])
     return pair
 
 
-def batch_var(count: float, m2: np.ndarray, ddof: int) -> np.ndarray | None:
-    """Variance that enters the running one; None where the count leaves no degree of freedom."""
-    return m2 / (count - ddof) if count > ddof else None
+def update(pair: Pair, m: Any, rule: Rule) -> int:
+    """Update checked buffers by a count, a mean and an m2, the variance only if the count leaves it a freedom.
 
-
-def update(pair: Pair, mean: np.ndarray, var: np.ndarray | None, rule: Rule) -> int:
-    """Update checked buffers, the variance only if there is one; return how many channels were left out."""
+    Returns how many channels were left out.
+    """
     if rule.momentum == 0.0:
         return 0
-    _checks.together(("the batch", "running_mean", "running_var"), (mean, *pair))
     dense = pair
     if not (pair[0].flags.c_contiguous and pair[1].flags.c_contiguous):
-        dense = library(mean).ascontiguousarray(pair[0]), library(mean).ascontiguousarray(pair[1])
-    skipped: int = backend(mean).update_running(*dense, mean, var, rule.momentum, rule.nonfinite == "skip")
+        xp = library(m.mean)
+        dense = xp.ascontiguousarray(pair[0]), xp.ascontiguousarray(pair[1])
+    skipped: int = backend(m.mean).update_running(
+        *dense, m.mean, m.m2, float(m.count) - rule.ddof, rule.momentum, rule.nonfinite == "skip"
+    )
     if dense is not pair:
         pair[0][...], pair[1][...] = dense
     return skipped
 
 
-def require_finite(pair: Pair | None, mean: np.ndarray, var: np.ndarray | None, rule: Rule) -> None:
+def require_finite(pair: Pair | None, m: Moments, rule: Rule) -> None:
     """Raise if batch statistics are not finite or would overflow the running buffers."""
-    bad = ~np.isfinite(mean)
-    if var is not None:
-        bad |= ~np.isfinite(var)
+    bad = ~np.isfinite(m.mean)
+    if m.count > rule.ddof:
+        bad |= ~np.isfinite(m.var(rule.ddof))
     if pair is not None:
         trial = (pair[0].copy(), pair[1].copy())
-        update(trial, mean, var, rule._replace(nonfinite="propagate"))
+        update(trial, m, rule._replace(nonfinite="propagate"))
         for before, after in zip(pair, trial, strict=True):
             bad |= np.isfinite(before) & ~np.isfinite(after)
     if bad.any():
@@ -119,5 +119,5 @@ def require_finite(pair: Pair | None, mean: np.ndarray, var: np.ndarray | None, 
         shown = ", ".join(str(channel) for channel in channels[:5]) + (", ..." if channels.size > 5 else "")
         raise FloatingPointError(
             f"batch statistics are not finite, or overflow the running ones, in {channels.size} of "
-            f"{mean.size} channels: {shown}"
+            f"{m.mean.size} channels: {shown}"
         )

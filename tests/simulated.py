@@ -393,7 +393,7 @@ def test_merge_and_running_statistics():
     batch = np.array([1.0, np.nan, 3.0]), np.array([2.0, 2.0, 1e300])
     for guard, kept in ((True, [False, True, True]), (False, [False, False, False])):
         running = put(old[0].copy()), put(old[1].copy())
-        skipped = _cuda.update_running(*running, put(batch[0]), put(batch[1]), 0.25, guard)
+        skipped = _cuda.update_running(*running, put(batch[0]), put(2.0 * batch[1]), 2.0, 0.25, guard)
         assert (host(skipped).tolist() if guard else skipped) == ([float(k) for k in kept] if guard else 0)
         for found, before, new in zip(running, old, batch, strict=True):
             with np.errstate(over="ignore"):

@@ -118,7 +118,7 @@ SMALL = [
     Kernel("fold", lambda: finish.fold_kernel(FLOAT32), None, 256, 40),
     Kernel("rstd", lambda: finish.rstd_kernel(True), None, 256, 40),
     Kernel("merge", finish.merge_kernel, None, 256, 48),
-    Kernel("update", lambda: finish.update_kernel(FLOAT32, FLOAT32, True, True), None, 256, 40),
+    Kernel("update", lambda: finish.update_kernel(FLOAT32, FLOAT32, True), None, 256, 40),
 ]
 SCALAR = [
     Kernel("rows forward, single halves", forward, row(FLOAT16, 1, 8, 4), 256, 128),

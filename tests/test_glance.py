@@ -7,7 +7,7 @@ import pytest
 
 import nbnorm
 import oracle
-from nbnorm import _gradients
+from nbnorm import _call, _gradients
 
 
 def call(rng, **changes):
@@ -85,6 +85,59 @@ def test_faults_of_a_known_call(name, fault, message, rng):
         np.testing.assert_array_equal(value, before[key], err_msg=key)
 
 
+NORMS = ["batch", "layer", "rms", "group", "instance"]
+
+
+def ordinary(norm, rng):
+    """Return the forward function of a norm, and the arguments of an ordinary call."""
+    shape = (3, 4, 4)
+    given = {"x": rng.standard_normal(shape, np.float32), "out": np.full(shape, 7, np.float32)}
+    for name in ("weight", "bias")[: 1 if norm == "rms" else 2]:
+        given[name] = rng.standard_normal(4, np.float32)
+    return getattr(nbnorm, f"{norm}_norm_forward"), given, {"num_groups": 2} if norm == "group" else {}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_ordinary_forward_calls_are_seen_at_a_glance(norm, rng, monkeypatch):
+    """They take no other way to their plan; views, which do, give the same bits."""
+    forward, given, options = ordinary(norm, rng)
+    expected = forward(**{name: array[:] for name, array in given.items()}, **options)[0].copy()
+    monkeypatch.setattr(_call, "_call", None)
+    for y in (forward(**given, **options)[0], forward(**given | {"out": None}, **options)[0]):
+        oracle.assert_same_bits(y, expected)
+    forward(given["x"], **options)
+    with pytest.raises(TypeError, match="not callable"):
+        forward(**given | {"x": given["x"][:]}, **options)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_what_only_looks_ordinary_to_a_forward_call(norm, rng):
+    """Results in x, of another shape or type or read-only, and parameters of such are refused; nothing is written."""
+    forward, given, options = ordinary(norm, rng)
+    x = given["x"]
+    for name, value, message in (
+        ("out", x, "out shares memory with x"),
+        ("out", read_only(x.copy()), "read-only"),
+        ("out", x.astype(np.float64), "out has dtype float64"),
+        ("out", x[..., np.newaxis].copy(), "out has shape"),
+        ("weight", np.ones(5, np.float32), "weight has shape"),
+        ("weight", np.ones(4, np.int64), "weight has dtype int64"),
+    ):
+        before = {key: array.copy() for key, array in given.items()}
+        with pytest.raises((ValueError, TypeError), match=message):
+            forward(**given | {name: value}, **options)
+        for key, array in given.items():
+            np.testing.assert_array_equal(array, before[key])
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_a_result_in_its_weight(norm, rng):
+    """Over all axes the weight is as large as x; it is read while the result is written."""
+    x, weight = rng.standard_normal((2, 4, 4))
+    with pytest.raises(ValueError, match="out shares memory with weight"):
+        getattr(nbnorm, f"{norm}_norm_forward")(x, weight, axis=(0, 1), out=weight)
+
+
 def gradients(norm, rng):
     """Return the backward call of a norm, for a dy, and what its gradients are like."""
     x, weight, bias = rng.standard_normal((4, 6, 3)), rng.standard_normal(6), rng.standard_normal(6)
@@ -101,7 +154,7 @@ def gradients(norm, rng):
     return call, (x, *parameters)
 
 
-@pytest.mark.parametrize("norm", ["batch", "layer", "rms", "group", "instance"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_gradients_into_ordinary_buffers(norm, rng):
     """New gradients, those in buffers that own their memory, in views, and wanted by name have the same bits."""
     call, likes = gradients(norm, rng)
@@ -131,7 +184,7 @@ def test_one_array_for_two_gradients(pair, rng):
     assert all((array == 7).all() for array in arrays.values())
 
 
-@pytest.mark.parametrize("norm", ["batch", "layer", "rms", "group", "instance"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_ordinary_backward_calls_are_seen_at_a_glance(norm, rng, monkeypatch):
     """No norm takes the long way for nothing; buffers of RMS norm, one less, do."""
     call, likes = gradients(norm, rng)

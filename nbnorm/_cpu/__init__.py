@@ -230,13 +230,13 @@ def merge_moments(
 
 
 def update_running(
-    running_mean: Array, running_var: Array, mean: Array, var: Array | None, momentum: float, guard: bool
-) -> int:
+    running_mean: Array, running_var: Array, mean: Array, m2: Array, freedom: float, momentum: float, guard: bool
+) -> int:  # fmt: skip
     """Blend batch statistics into the running ones; ``guard`` leaves out slots that would become non-finite.
 
-    Without a variance only the mean is blended. Returns the number of slots left out.
+    The variance is m2 / freedom; without freedom only the mean is blended. Returns the number of slots left out.
     """
-    return int(_update_kernel(running_mean, running_var, mean, var, momentum, guard))
+    return int(_update_kernel(running_mean, running_var, mean, m2, freedom, momentum, guard))
 
 
 @kernel
@@ -252,13 +252,13 @@ def _merge_kernel(n_a, mean_a, m2_a, n_b, mean_b, m2_b, mean, m2):
 
 
 @kernel
-def _update_kernel(running_mean, running_var, mean, var, momentum, guard):
+def _update_kernel(running_mean, running_var, mean, m2, freedom, momentum, guard):
     skipped = 0
     for i in range(mean.shape[0]):
         new_mean = running_mean.dtype.type(blend(running_mean[i], mean[i], momentum))
         new_var = running_var[i]
-        if var is not None:
-            new_var = running_var.dtype.type(blend(running_var[i], var[i], momentum))
+        if freedom > 0.0:
+            new_var = running_var.dtype.type(blend(running_var[i], m2[i] / freedom, momentum))
         if guard and not (np.isfinite(new_mean) and np.isfinite(new_var)):
             skipped += 1
         else:

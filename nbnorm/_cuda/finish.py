@@ -147,7 +147,7 @@ def merge_kernel() -> Any:
 
 
 @lru_cache(maxsize=32)
-def update_kernel(mean_kind: int, var_kind: int, has_var: bool, guard: bool) -> Any:
+def update_kernel(mean_kind: int, var_kind: int, guard: bool) -> Any:
     """Blend batch statistics into the running ones; with ``guard`` a slot that would not stay finite keeps its own."""
     largest = (np.inf, np.inf, float(np.finfo(np.float32).max), float(np.finfo(np.float64).max))
 
@@ -157,16 +157,16 @@ def update_kernel(mean_kind: int, var_kind: int, has_var: bool, guard: bool) -> 
     fits = cuda.jit(device=True)(stays)
     mean_limit, var_limit = largest[mean_kind], largest[var_kind]
 
-    def kernel(running_mean, running_var, mean, var, momentum, skipped, slots):
+    def kernel(running_mean, running_var, mean, m2, freedom, momentum, skipped, slots):
         slot = cuda.grid(1)
         if slot < slots:
             new_mean = blend(get(running_mean, slot, mean_kind), get(mean, slot, FLOAT64), momentum)
             new_var = get(running_var, slot, var_kind)
-            if has_var:
-                new_var = blend(new_var, get(var, slot, FLOAT64), momentum)
+            if freedom > 0.0:
+                new_var = blend(new_var, get(m2, slot, FLOAT64) / freedom, momentum)
             if not guard or (fits(new_mean, mean_limit) and fits(new_var, var_limit)):
                 put(running_mean, slot, new_mean, mean_kind)
-                if has_var:
+                if freedom > 0.0:
                     put(running_var, slot, new_var, var_kind)
                 put(skipped, slot, 0.0, FLOAT64)
             else:

@@ -41,20 +41,18 @@ def merge_moments(
 
 
 def update_running(
-    running_mean: Array, running_var: Array, mean: Array, var: Array | None, momentum: float, guard: bool
-) -> Any:
+    running_mean: Array, running_var: Array, mean: Array, m2: Array, freedom: float, momentum: float, guard: bool
+) -> Any:  # fmt: skip
     """Blend batch statistics into the running ones; ``guard`` leaves out slots that would become non-finite.
 
-    Without a variance only the mean is blended. Returns the number of slots left out, on the device: reading it would
-    wait for it.
+    The variance is m2 / freedom; without freedom only the mean is blended. Returns the number of slots left out, on the
+    device: reading it would wait for it.
     """
     slots = size_of(mean)
     skipped = empty(slots, np.float64, mean)
-    kernel = finish.update_kernel(
-        kind_of(running_mean.dtype), kind_of(running_var.dtype), var is not None, guard
-    )
+    kernel = finish.update_kernel(kind_of(running_mean.dtype), kind_of(running_var.dtype), guard)
     start(
-        kernel, blocks_for(slots), BLOCK, mean, running_mean, running_var, mean, var, float(momentum), skipped,
-        slots,
+        kernel, blocks_for(slots), BLOCK, mean, running_mean, running_var, mean, m2, float(freedom),
+        float(momentum), skipped, slots,
     )  # fmt: skip
     return total(skipped) if guard else 0

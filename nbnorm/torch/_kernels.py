@@ -154,7 +154,7 @@ def _record(inputs: Inputs, statistics: Statistics, spec: Spec, constant: bool) 
     x, weight, bias, residual = map(optional, inputs)
     common = (weight, bias, spec.eps)
     if spec.norm == "batch_norm":
-        options = _call.Options(spec.activation or None, residual)
+        options = _call.options_of(spec.activation or None, residual)
         call = _call.batch_call(spec.norm, x, *common, 1, None, options)
     elif spec.norm in ("layer_norm", "rms_norm"):
         call, _ = _call.trailing_call(spec.norm, x, _axes(spec), *common, None)
