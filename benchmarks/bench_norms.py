@@ -52,13 +52,14 @@ class LayerNorm(_Norm):
 
 
 class ShortRows(Timed):
-    """What does a row of layer norm cost beside its elements? Tensors of 256 KB."""
+    """What does a row of layer norm cost beside its elements?"""
 
-    params = (TRAINING, [32, 64, 96, 128, 256, 512])
-    param_names = ("operation", "columns")
+    params = (TRAINING, [32, 64, 96, 128, 160, 256, 512], ["256 KB", "24 MB"])
+    param_names = ("operation", "columns", "size")
 
-    def measure(self, operation, columns):
-        return measure(operation, Case("layer", (65536 // columns, columns)))
+    def measure(self, operation, columns, size):
+        values = {"256 KB": 1 << 16, "24 MB": 3 << 21}[size]
+        return measure(operation, Case("layer", (values // columns, columns)))
 
     def setup_cache(self):
         return measured(self)

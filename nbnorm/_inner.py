@@ -18,8 +18,6 @@ from numba.core.compiler import Compiler
 
 from nbnorm._rounds import promise
 
-# An attribute of LLVM that llvmlite does not know; it means nothing where vectors are shorter.
-_WIDE = '"prefer-vector-width"="512"'
 # Passes of Numba that look for comprehensions, functions inlined by it, expressions of whole arrays and `with`.
 _NEEDLESS = {
     "inline_closure_likes", "inline_inlinables", "inline_overloads", "nopython_rewrites", "with_lifting",
@@ -29,11 +27,13 @@ _NEEDLESS = {
 class WideCode(JITCodeLibrary):
     """Code whose loops may use the widest vectors."""
 
+    bits = 512  # of a vector, where the machine has as many
+
     def add_ir_module(self, module: Any) -> None:
         """Take a module in."""
         for function in module.functions:
-            if not function.is_declaration:
-                set.add(function.attributes, _WIDE)
+            if not function.is_declaration:  # an attribute of LLVM that llvmlite does not know
+                set.add(function.attributes, f'"prefer-vector-width"="{self.bits}"')
         super().add_ir_module(module)  # type: ignore[no-untyped-call]
 
 
@@ -63,13 +63,15 @@ class LoopCode(ElementCode, PartCode):
         self._finalized = True
 
 
-class ShortLoopCode(LoopCode):
-    """Such code of loops over few elements, much of which four vectors at a time, LLVM's choice, would leave over.
+class NarrowLoopCode(LoopCode):
+    """Such code of loops over short rows, much of which four of the widest vectors, LLVM's choice, would leave over.
 
-    Backward of rows of 32 to 96 values takes 0.88 to 0.9 of the time (benchmarks/bench_norms.py, ShortRows, before and
-    after, together with `short_row_grad_sums`; Zen 5).
+    Two at a time, backward of rows of 32 to 96 values takes 0.88 to 0.9 of the time (Zen 5); half as wide, rows of 96
+    in memory take 0.72 to 0.86 of it, those in cache as long (Zen 4; benchmarks/bench_norms.py, ShortRows, before and
+    after).
     """
 
+    bits = 256
     vectors = 2
 
 
@@ -172,10 +174,10 @@ class Loop(Part):
     code = LoopCode
 
 
-class ShortLoop(Part):
-    """Numba's compiler for loops over few elements."""
+class NarrowLoop(Part):
+    """Numba's compiler for loops over short rows."""
 
-    code = ShortLoopCode
+    code = NarrowLoopCode
 
 
 class Inner(Part):

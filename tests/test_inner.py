@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numba import njit, prange
 
-from nbnorm._cpu.launch import called, helper, inlined, kernel, loop, reduction, short_reduction
+from nbnorm._cpu.launch import called, helper, inlined, kernel, loop, narrow_reduction, reduction
 from nbnorm._cpu.memory import row
 from nbnorm._inner import InnerCode, LoopCode, Outer, Wide
 from processes import run
@@ -185,7 +185,7 @@ def total_of(x):
 
 def test_sums_over_few_elements_take_two_vectors_at_a_time():
     """Of which LLVM takes four otherwise, where it has AVX."""
-    total = short_reduction(total_of)
+    total = narrow_reduction(total_of)
     summing = njit(pipeline_class=Wide)(lambda x: total(row(x, 0, x.shape[0])))
     assert summing(np.ones(100)) == 100.0
     (library,) = libraries(summing)

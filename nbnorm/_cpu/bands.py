@@ -14,12 +14,14 @@ from nbnorm._cpu.lines import (
     input_grad_line,
     parameter_grad_four,
     parameter_grad_line,
+    short_apply_line,
+    short_input_grad_line,
 )
 from nbnorm._cpu.memory import LINE, borrowed, fetch, part, row
 from nbnorm._cpu.scratch import scratch, wide
 from nbnorm._cpu.short_slots import short_moments
 from nbnorm._cpu.spans import ROWS, samples_of, short_rows, span, unpack
-from nbnorm._cpu.stores import seam_like
+from nbnorm._cpu.stores import rounded_in_blocks, seam_like
 from nbnorm._cpu.streams import begin, finish, writer
 from nbnorm._cpu.tiles import (
     FOUR,
@@ -95,7 +97,7 @@ def normalize_short(g, x, y, r, mean, rstd, weight, bias):
     """Normalize one of the rows that are taken together: they are short, and notice who could stream them."""
     first, n, p = span(g, r, 0)
     own = affine(mean, rstd, 1.0, 0.0, x)
-    apply_line(row(x, first, n), row(y, first, n), *own, part(weight, p, n), part(bias, p, n))
+    short_apply_line(row(x, first, n), row(y, first, n), *own, part(weight, p, n), part(bias, p, n))
 
 
 @inlined
@@ -153,18 +155,8 @@ def chunk_grad_sums(g, x, dy, r, chunk, mean, rstd, weight):
 
 
 @inlined
-def short_row_grad_sums(g, x, dy, r, mean, rstd, weight):
-    """The same over a short row, without the loops over its chunks and their pieces, which such rows notice."""
-    first, n, p = span(g, r, 0)
-    mean_hi, scale, _ = affine(mean, rstd, 1.0, 0.0, x)
-    return short_grad_sums(row(x, first, n), row(dy, first, n), part(weight, p, n), mean_hi, scale)
-
-
-@inlined
 def row_grad_sums(g, x, dy, r, mean, rstd, weight):
     """Sums of g and of g * x_hat over a row."""
-    if short_rows(g):
-        return short_row_grad_sums(g, x, dy, r, mean, rstd, weight)
     a = b = 0.0
     for chunk in range(unpack(g).chunks):
         part_a, part_b = chunk_grad_sums(g, x, dy, r, chunk, mean, rstd, weight)
@@ -178,6 +170,35 @@ def note(statistics, k, mean, rstd, sum_g, sum_g_x_hat):
     """Put down from what `fill_terms` computes the coefficients of a row."""
     statistics[k], statistics[ROWS + k] = mean, rstd
     statistics[2 * ROWS + k], statistics[3 * ROWS + k] = sum_g, sum_g_x_hat
+
+
+@inlined
+def short_row_grad_sums(x, dy, first, n, mean, rstd, weight):
+    """The same over a short row, without loops over its chunks and their pieces, which such rows notice."""
+    mean_hi, scale, _ = affine(mean, rstd, 1.0, 0.0, x)
+    return short_grad_sums(row(x, first, n), row(dy, first, n), weight, mean_hi, scale)
+
+
+@inlined
+def note_rows(g, x, dy, first, rows, mean, rstd, weight, statistics):
+    """Put down the sums over a few rows, each a sample behind the other."""
+    period = unpack(g).period
+    for k in range(rows):
+        r = first + k * period
+        a, b = row_grad_sums(g, x, dy, r, value_of(mean, r), rstd[r], weight)
+        note(statistics, k, value_of(mean, r), rstd[r], a, b)
+
+
+@inlined
+def note_short_rows(g, x, dy, first, rows, mean, rstd, weight, statistics):
+    """The same for short rows, which notice what it takes to find each of them."""
+    i, n, p = span(g, first, 0)
+    r, period, weight = first, unpack(g).period, part(weight, p, n)
+    for k in range(rows):
+        r_mean, r_rstd = value_of(mean, r), rstd[r]
+        a, b = short_row_grad_sums(x, dy, i, n, r_mean, r_rstd, weight)
+        note(statistics, k, r_mean, r_rstd, a, b)
+        i, r = i + period * n, r + period
 
 
 @helper
@@ -228,15 +249,28 @@ write_input_grad = writer(input_grad_piece)
 
 
 @inlined
+def short_input_grads(g, x, dy, dx, first, rows, terms, weight):
+    """Dx of a few short rows, each a sample behind the other."""
+    i, n, p = span(g, first, 0)
+    stride, weight = unpack(g).period * n, part(weight, p, n)
+    for k in range(rows):
+        short_input_grad_line(row(x, i, n), row(dy, i, n), row(dx, i, n), weight, terms, k)
+        i += stride
+
+
+@inlined
 def finish_rows(g, x, dy, dx, seam, stream, first, rows, chunk, terms, weight, band, sums):
     """Gradients of one chunk of a few rows, each a sample behind the other, as far as there is room for them."""
     if sums is not None:  # before dx, which may go into dy
         parameter_grads(g, x, dy, first, rows, chunk, terms, band, sums)
     if dx is not None:
-        for k in range(rows):
-            start, size, p = span(g, first + k * unpack(g).period, chunk)
-            given = (x, dy, weight, p, terms, k)
-            stream = write_input_grad(dx, seam, stream, start, size, given)
+        if short_rows(g) and not rounded_in_blocks(dx):  # nor are they ever streamed
+            short_input_grads(g, x, dy, dx, first, rows, terms, weight)
+        else:
+            for k in range(rows):
+                start, size, p = span(g, first + k * unpack(g).period, chunk)
+                given = (x, dy, weight, p, terms, k)
+                stream = write_input_grad(dx, seam, stream, start, size, given)
     return stream
 
 
@@ -275,6 +309,8 @@ def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_
 def backward_band(g, x, dy, dx, band, mean, rstd, weight, sums):
     """Sums over the rows of a band and all their gradients, a few rows at a time."""
     cut = unpack(g)
+    x, dy, dx = borrowed(x), borrowed(dy), borrowed(dx)
+    mean, rstd, weight = borrowed(mean), borrowed(rstd), borrowed(weight)
     start, end = samples_of(g, band)
     terms, statistics = scratch(6 * ROWS, x), wide(4 * ROWS)
     seam, stream = seam_like(x), begin(x if dx is None else dx, cut.streamed)
@@ -283,10 +319,10 @@ def backward_band(g, x, dy, dx, band, mean, rstd, weight, sums):
     for sample in range(start, end, cut.together):
         rows = min(cut.together, end - sample)
         for first in range(sample * cut.period, (sample + 1) * cut.period):
-            for k in range(rows):
-                r = first + k * cut.period
-                a, b = row_grad_sums(g, x, dy, r, value_of(mean, r), rstd[r], weight)
-                note(statistics, k, value_of(mean, r), rstd[r], a, b)
+            if short_rows(g):
+                note_short_rows(g, x, dy, first, rows, mean, rstd, weight, statistics)
+            else:
+                note_rows(g, x, dy, first, rows, mean, rstd, weight, statistics)
             fill_terms(terms, statistics, rows, np.float64(cut.inner), mean is not None)
             for chunk in range(cut.chunks):
                 stream = finish_rows(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nbnorm._cpu.halves import narrow, widen
-from nbnorm._cpu.launch import inlined, loop
+from nbnorm._cpu.launch import inlined, loop, narrow_loop
 from nbnorm._cpu.spans import ROWS
 from nbnorm._math import input_gradient, normalize, rounded, scaled, standardize
 
@@ -22,12 +22,13 @@ def _line(x, y, mean_hi, rstd, rest, weight, bias):
 
 
 apply_line = loop(_line)
+# The same over a short row.
+short_apply_line = narrow_loop(_line)
 # The same for the few elements of a block, which then stay in registers.
 apply_block = inlined(_line)
 
 
-@inlined
-def input_grad_line(x, dy, dx, weight, terms, k):
+def _input_grad_line(x, dy, dx, weight, terms, k):
     """Dx of neighbours that share statistics; for ``terms`` see `bands.fill_terms`."""
     mean_hi, rstd = terms[k], terms[ROWS + k]
     slope, offset, gain = terms[3 * ROWS + k], terms[4 * ROWS + k], terms[5 * ROWS + k]
@@ -39,13 +40,18 @@ def input_grad_line(x, dy, dx, weight, terms, k):
         dx[i] = narrow(input_gradient(g, x_hat, slope, offset, gain), dx)
 
 
+input_grad_line = inlined(_input_grad_line)
+# The same over a short row.
+short_input_grad_line = narrow_loop(_input_grad_line)
+
+
 @inlined
 def normal_terms(terms, k):
     """Coefficients of a row's `normalize`."""
     return terms[k], terms[ROWS + k], terms[2 * ROWS + k]
 
 
-@inlined
+@narrow_loop
 def parameter_grad_line(x, dy, terms, k, sum_dz, sum_dz_x_hat):
     """Add a row's terms to the parameters' gradients."""
     mean_hi, rstd, rest = normal_terms(terms, k)
@@ -55,7 +61,7 @@ def parameter_grad_line(x, dy, terms, k, sum_dz, sum_dz_x_hat):
         sum_dz_x_hat[i] += d * normalize(widen(x[i]), mean_hi, rstd, rest)
 
 
-@inlined
+@narrow_loop
 def parameter_grad_four(xa, xb, xc, xd, dya, dyb, dyc, dyd, terms, k, sum_dz, sum_dz_x_hat):
     """Add four rows at once, so that the sums are read and written once for all of them."""
     mean_a, rstd_a, rest_a = normal_terms(terms, k)

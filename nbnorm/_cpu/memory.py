@@ -78,12 +78,17 @@ def _entry(typingctx, values, i):
 
 
 def borrowed(x):
-    """`row` of all neighbours: what is taken from it counts no references, two locked instructions each time."""
-    return row(x, 0, x.shape[0])
+    """`row` of all neighbours of an optional array: what is taken from it counts no references.
+
+    Those are two locked instructions each time. Nor are there indices from the end to look for.
+    """
+    return None if x is None else row(x, 0, x.shape[0])
 
 
 @emitted(borrowed)
 def _borrowed(typingctx, x):
+    if is_none(x):
+        return nothing(x)
     result = Row(x.dtype, x.mutable, x.aligned)
 
     def generate(context, builder, signature, args):

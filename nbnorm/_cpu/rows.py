@@ -25,7 +25,7 @@ from nbnorm._cpu.bands import (
 )
 from nbnorm._cpu.lanes import fill
 from nbnorm._cpu.launch import Twins
-from nbnorm._cpu.memory import row
+from nbnorm._cpu.memory import part, row
 from nbnorm._cpu.scratch import wide
 from nbnorm._cpu.spans import band_count, fused, geometry, short_rows, span, unpack
 from nbnorm._cpu.tiles import line_moments
@@ -94,7 +94,8 @@ def gradient_passes_kernel(g, x, dy, dx, mean, rstd, weight, sums, total, rest):
             own = part_sums[task]
             r_mean, r_rstd = value_of(mean, r), rstd[r]
             if short_rows(g):
-                own[0], own[1] = short_row_grad_sums(g, x, dy, r, r_mean, r_rstd, weight)
+                first, n, p = span(g, r, 0)
+                own[0], own[1] = short_row_grad_sums(x, dy, first, n, r_mean, r_rstd, part(weight, p, n))
             else:
                 own[0], own[1] = chunk_grad_sums(g, x, dy, r, task % chunks, r_mean, r_rstd, weight)
         for r in prange(rows):

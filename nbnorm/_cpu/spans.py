@@ -16,9 +16,11 @@ from nbnorm._cpu.tiles import CHUNK, FOUR, TILE, within
 from nbnorm._view import View
 
 # Rows that backward takes together, pass after pass, if they are short, for what `short_slots` says; else a row follows
-# the other, four in all, whose terms of the parameters' gradients are added at once (benchmarks/choices.py).
+# the other, four in all, whose terms of the parameters' gradients are added at once (benchmarks/choices.py). Short are
+# those of fewer values than are ever streamed: of 130 to 176 they take 0.77 to 0.98 of the time of longer ones, of 192
+# to 256, where they are streamed, 0.98 to 1.18 (Zen 4; benchmarks/bench_norms.py, ShortRows, before and after).
 ROWS = 8
-SHORT_PAIR = 128  # of x and dy
+SHORT_PAIR = 191  # of x and dy
 # Bytes of a row of x and of y up to which forward takes such rows together, where x and y fit half of the last-level
 # cache: 384 to 768 columns of float32 take 0.78 to 0.97 of the time there, up to 2048 take 0.84 to 1.02. Of more, or
 # where that cache is remote, columns and elements of these rows are fewer: 512 columns take up to a quarter less time

@@ -11,7 +11,7 @@ from math import isnan
 import numpy as np
 
 from nbnorm._cpu.halves import widen
-from nbnorm._cpu.launch import called, helper, inlined, reduction, short_reduction
+from nbnorm._cpu.launch import called, helper, inlined, narrow_reduction, reduction
 from nbnorm._cpu.memory import part, row
 from nbnorm._math import (
     accumulate,
@@ -194,7 +194,7 @@ def _grad_sums(x, dy, weight, mean_hi, rstd):
 
 piece_grad_sums = reduction(_grad_sums)
 # The same over a short row.
-short_grad_sums = short_reduction(_grad_sums)
+short_grad_sums = narrow_reduction(_grad_sums)
 
 
 @reduction
