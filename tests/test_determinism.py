@@ -15,9 +15,10 @@ import nbnorm
 import oracle
 from cases import TRAVERSALS, Case, arrange
 from nbnorm import _cpu
-from nbnorm._cpu import cut, grid, spans
+from nbnorm._cpu import cut, grid, rows, spans
 from nbnorm._cpu.launch import shares
 from nbnorm._cpu.tiles import CHUNK
+from nbnorm._gradients import GRADIENTS
 from nbnorm._view import View, batch_view
 
 # Beside the traversals: work that does not divide among two or four threads, enough of it to be shared out.
@@ -178,10 +179,10 @@ def test_threads_share_whole_tasks_or_chunks(tasks, chunks, threads, expected):
     assert shares(tasks, chunks, threads) == expected
 
 
-@pytest.mark.parametrize("rows", [100, 1024, 1500, 2048, 3000, 5000])
-def test_chunks_of_columns_are_equal_shares(rows):
+@pytest.mark.parametrize("height", [100, 1024, 1500, 2048, 3000, 5000])
+def test_chunks_of_columns_are_equal_shares(height):
     """A power of two of them, each of about as many values, or of more where they would be few rows."""
-    found = grid.Cut(*grid.geometry(batch_view((rows, 256), (1024, 4), 4, 1), 2).tolist())
+    found = grid.Cut(*grid.geometry(batch_view((height, 256), (1024, 4), 4, 1), 2).tolist())
     assert found.chunks in (1, 2, 4, 8, 16)
     assert found.chunks == 1 or found.chunk >= grid.CHUNK_ROWS
     assert found.chunks == 1 or found.chunk * found.block > 0.7 * CHUNK
@@ -250,8 +251,8 @@ def test_rows_that_are_taken_together(rng, norm, monkeypatch):
     """How many rows forward takes together is a matter of speed alone."""
     x = wild(rng.standard_normal((37, 700)).astype(np.float32))
     found = []
-    for rows in (1, 7, 16):
-        monkeypatch.setattr(spans, "rows_together", lambda *_, rows=rows: rows)
+    for together in (1, 7, 16):
+        monkeypatch.setattr(spans, "rows_together", lambda *_, together=together: together)
         _cpu.start.cache_clear()
         y, saved = getattr(nbnorm, f"{norm}_norm_forward")(x)
         found.append((y, saved.rstd) if saved.mean is None else (y, saved.rstd, saved.mean))
@@ -259,3 +260,25 @@ def test_rows_that_are_taken_together(rng, norm, monkeypatch):
     for other in found[1:]:
         for first, same in zip(found[0], other, strict=True):
             oracle.assert_same_bits(same, first)
+
+
+@pytest.mark.parametrize("inner", [90, 300, 1030], ids=["short", "middle", "long"])
+def test_gradients_of_rows(rng, inner, monkeypatch):
+    """Short, longer and long rows, four at once or what is left over: the same bits pass after pass, and one by one."""
+    x, dy = rng.standard_normal((2, 23, inner), np.float32)
+    weight, bias = rng.standard_normal((2, inner), np.float32)
+    saved = nbnorm.layer_norm_forward(x, weight, bias)[1]
+    in_groups = nbnorm.group_norm_forward(x.reshape(-1)[: 22 * inner].reshape(11, 2 * inner), 2)[1]
+    found = []
+    for team in (1, 0):
+        monkeypatch.setattr(rows, "fused", lambda *_, team=team: team)
+        _cpu.start.cache_clear()
+        whole = nbnorm.layer_norm_backward(dy, saved)
+        parts = [nbnorm.layer_norm_backward(dy, saved, need={name})[i] for i, name in enumerate(GRADIENTS)]
+        found += [whole, parts]
+        found[-1] += [nbnorm.group_norm_backward(in_groups.x, in_groups)[0]]
+    _cpu.start.cache_clear()
+    for other in found[1:]:
+        for name, first, same in zip(GRADIENTS, found[0], other, strict=False):
+            oracle.assert_same_bits(same, first, name)
+    oracle.assert_same_bits(found[1][-1], found[3][-1], "dx of groups")

@@ -187,7 +187,8 @@ def _row_gradients(
     if with_parameters:
         sums = np.empty((walk.band_count(g), 2, parameters), computing(x.dtype))
         total, rest = np.empty((2, parameters)), np.empty((2, parameters))
-    arrays = (g, flat(x), flat(dy), optional(dx), mean, rstd, line(weight), sums, total, rest)
+    long = walk.long_rows(view.inner, x.dtype.char)
+    arrays = (g, flat(x), flat(dy), optional(dx), mean, rstd, line(weight), sums, total, rest, long)
     if team and dx is not None:
         walk.backward_kernel.on(team)(*arrays)
     else:

@@ -18,31 +18,27 @@ from nbnorm._cpu.lines import (
     short_input_grad_line,
 )
 from nbnorm._cpu.memory import LINE, borrowed, fetch, part, row
+from nbnorm._cpu.row_sums import (
+    chunk_grad_sums,
+    fill_terms,
+    four_grad_sums,
+    note,
+    note_four,
+    note_rows,
+    note_short_rows,
+    prepare_four,
+    value_of,
+)
 from nbnorm._cpu.scratch import scratch, wide
 from nbnorm._cpu.short_slots import short_moments
 from nbnorm._cpu.spans import ROWS, samples_of, short_rows, span, unpack
 from nbnorm._cpu.stores import rounded_in_blocks, seam_like
 from nbnorm._cpu.streams import begin, finish, writer
-from nbnorm._cpu.tiles import (
-    FOUR,
-    add_rows,
-    line_moments,
-    piece,
-    piece_grad_sums,
-    reciprocal_stds,
-    settle_rows,
-    short_grad_sums,
-)
-from nbnorm._math import affine, gradient_terms, merge, recentered
+from nbnorm._cpu.tiles import FOUR, add_rows, line_moments, reciprocal_stds, settle_rows
+from nbnorm._math import affine, merge
 
 # Columns over which the sums of all bands are added before the next ones.
 SUM_COLUMNS = 1024
-
-
-@inlined
-def value_of(statistic, r):
-    """Element of the means, 0 where there are none."""
-    return 0.0 if statistic is None else statistic[r]
 
 
 @inlined
@@ -139,85 +135,6 @@ def forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd):
 
 
 @inlined
-def chunk_grad_sums(g, x, dy, r, chunk, mean, rstd, weight):
-    """Sums of g and of g * x_hat over one chunk of a row, x_hat relative to the rounded mean."""
-    first, n, p = span(g, r, chunk)
-    mean_hi, scale, _ = affine(mean, rstd, 1.0, 0.0, x)
-    sum_g = sum_g_x_hat = 0.0
-    for i in range(0, n, piece(x)):
-        size = min(piece(x), n - i)
-        a, b = piece_grad_sums(
-            row(x, first + i, size), row(dy, first + i, size), part(weight, p + i, size), mean_hi, scale
-        )
-        sum_g += a
-        sum_g_x_hat += b
-    return sum_g, sum_g_x_hat
-
-
-@inlined
-def row_grad_sums(g, x, dy, r, mean, rstd, weight):
-    """Sums of g and of g * x_hat over a row."""
-    a = b = 0.0
-    for chunk in range(unpack(g).chunks):
-        part_a, part_b = chunk_grad_sums(g, x, dy, r, chunk, mean, rstd, weight)
-        a += part_a
-        b += part_b
-    return a, b
-
-
-@inlined
-def note(statistics, k, mean, rstd, sum_g, sum_g_x_hat):
-    """Put down from what `fill_terms` computes the coefficients of a row."""
-    statistics[k], statistics[ROWS + k] = mean, rstd
-    statistics[2 * ROWS + k], statistics[3 * ROWS + k] = sum_g, sum_g_x_hat
-
-
-@inlined
-def short_row_grad_sums(x, dy, first, n, mean, rstd, weight):
-    """The same over a short row, without loops over its chunks and their pieces, which such rows notice."""
-    mean_hi, scale, _ = affine(mean, rstd, 1.0, 0.0, x)
-    return short_grad_sums(row(x, first, n), row(dy, first, n), weight, mean_hi, scale)
-
-
-@inlined
-def note_rows(g, x, dy, first, rows, mean, rstd, weight, statistics):
-    """Put down the sums over a few rows, each a sample behind the other."""
-    period = unpack(g).period
-    for k in range(rows):
-        r = first + k * period
-        a, b = row_grad_sums(g, x, dy, r, value_of(mean, r), rstd[r], weight)
-        note(statistics, k, value_of(mean, r), rstd[r], a, b)
-
-
-@inlined
-def note_short_rows(g, x, dy, first, rows, mean, rstd, weight, statistics):
-    """The same for short rows, which notice what it takes to find each of them."""
-    i, n, p = span(g, first, 0)
-    r, period, weight = first, unpack(g).period, part(weight, p, n)
-    for k in range(rows):
-        r_mean, r_rstd = value_of(mean, r), rstd[r]
-        a, b = short_row_grad_sums(x, dy, i, n, r_mean, r_rstd, weight)
-        note(statistics, k, r_mean, r_rstd, a, b)
-        i, r = i + period * n, r + period
-
-
-@helper
-def fill_terms(terms, statistics, rows, n, centered):
-    """Coefficients of rows: mean, scale and rest of `normalize`, then slope, offset and gain of `input_gradient`.
-
-    ``statistics`` are what `note` has put down. Both have room for `ROWS` rows of each: at distances that the compiler
-    knows, so that all rows are computed side by side.
-    """
-    for k in range(rows):
-        mean, rstd, sum_g = statistics[k], statistics[ROWS + k], statistics[2 * ROWS + k]
-        mean_hi, scale, rest = affine(mean, rstd, 1.0, 0.0, terms)
-        sum_g_x_hat = recentered(statistics[3 * ROWS + k], sum_g, mean, mean_hi, rstd)
-        slope, offset, gain = gradient_terms(mean, rstd, sum_g, sum_g_x_hat, n, centered, False, False, terms)
-        terms[k], terms[ROWS + k], terms[2 * ROWS + k] = mean_hi, scale, rest
-        terms[3 * ROWS + k], terms[4 * ROWS + k], terms[5 * ROWS + k] = slope, offset, gain
-
-
-@inlined
 def parameter_grads(g, x, dy, first, rows, chunk, terms, band, sums):
     """Add what one chunk of a few rows, each a sample behind the other, contributes to the sums of a band."""
     cut = unpack(g)
@@ -259,12 +176,15 @@ def short_input_grads(g, x, dy, dx, first, rows, terms, weight):
 
 
 @inlined
-def finish_rows(g, x, dy, dx, seam, stream, first, rows, chunk, terms, weight, band, sums):
-    """Gradients of one chunk of a few rows, each a sample behind the other, as far as there is room for them."""
-    if sums is not None:  # before dx, which may go into dy
+def finish_rows(g, x, dy, dx, seam, stream, first, rows, chunk, terms, weight, band, sums, long):
+    """Gradients of one chunk of a few rows, each a sample behind the other, as far as there is room for them.
+
+    Those of parameters have been added if they are four long ones.
+    """
+    if sums is not None and not (long is not None and rows == FOUR):  # before dx, which may go into dy
         parameter_grads(g, x, dy, first, rows, chunk, terms, band, sums)
     if dx is not None:
-        if short_rows(g) and not rounded_in_blocks(dx):  # nor are they ever streamed
+        if long is None and short_rows(g) and not rounded_in_blocks(dx):  # nor are they ever streamed
             short_input_grads(g, x, dy, dx, first, rows, terms, weight)
         else:
             for k in range(rows):
@@ -286,47 +206,75 @@ def clear(g, chunk, band, sums):
 
 
 @allocating
-def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_x_hat, sums):
+def long_band_sums(g, x, dy, band, chunk, mean, rstd, weight, sums, found):
+    """Sums over one chunk of the columns of a band of long rows, and of their parameters, if they are wanted."""
+    cut = unpack(g)
+    start, end = samples_of(g, band)
+    terms, statistics = scratch(6 * ROWS, x), wide(4 * ROWS)
+    clear(g, chunk, band, sums)
+    for sample in range(start, end, cut.together):
+        rows = min(cut.together, end - sample)
+        for first in range(sample * cut.period, (sample + 1) * cut.period):
+            at, apart = first * cut.chunks + chunk, cut.period * cut.chunks
+            if rows == FOUR:
+                prepare_four(g, first, mean, rstd, terms, statistics)
+                four_grad_sums(g, x, dy, first, chunk, terms, weight, band, sums, found, at, apart)
+            else:
+                for k in range(rows):
+                    r = first + k * cut.period
+                    own = chunk_grad_sums(g, x, dy, r, chunk, value_of(mean, r), rstd[r], weight)
+                    found[at + k * apart, 0], found[at + k * apart, 1] = own
+
+
+@allocating
+def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_x_hat, sums, long):
     """Gradients of one chunk of the columns of a band, as far as there is room for them; dx by the sums over rows."""
     cut = unpack(g)
     start, end = samples_of(g, band)
     terms, statistics = scratch(6 * ROWS, x), wide(4 * ROWS)
     seam, stream = seam_like(x), begin(x if dx is None else dx, cut.streamed)
-    clear(g, chunk, band, sums)
+    if long is None:
+        clear(g, chunk, band, sums)
     for sample in range(start, end, cut.together):
         rows = min(cut.together, end - sample)
+        relative = not (long is not None and rows == FOUR)
         for first in range(sample * cut.period, (sample + 1) * cut.period):
             for k in range(rows):
                 r = first + k * cut.period
                 note(statistics, k, value_of(mean, r), rstd[r], sum_g[r], sum_g_x_hat[r])
-            fill_terms(terms, statistics, rows, np.float64(cut.inner), mean is not None)
-            stream = finish_rows(g, x, dy, dx, seam, stream, first, rows, chunk, terms, weight, band, sums)
+            fill_terms(terms, statistics, rows, np.float64(cut.inner), mean is not None, relative)
+            stream = finish_rows(
+                g, x, dy, dx, seam, stream, first, rows, chunk, terms, weight, band, sums, long
+            )
     if dx is not None:
         finish(dx, seam, stream)
 
 
 @allocating
-def backward_band(g, x, dy, dx, band, mean, rstd, weight, sums):
+def backward_band(g, x, dy, dx, band, mean, rstd, weight, sums, long):
     """Sums over the rows of a band and all their gradients, a few rows at a time."""
     cut = unpack(g)
     x, dy, dx = borrowed(x), borrowed(dy), borrowed(dx)
     mean, rstd, weight = borrowed(mean), borrowed(rstd), borrowed(weight)
     start, end = samples_of(g, band)
-    terms, statistics = scratch(6 * ROWS, x), wide(4 * ROWS)
+    terms, statistics, found = scratch(6 * ROWS, x), wide(4 * ROWS), wide((FOUR, 2))
     seam, stream = seam_like(x), begin(x if dx is None else dx, cut.streamed)
     for chunk in range(cut.chunks):
         clear(g, chunk, band, sums)
     for sample in range(start, end, cut.together):
         rows = min(cut.together, end - sample)
+        relative = not (long is not None and rows == FOUR)
         for first in range(sample * cut.period, (sample + 1) * cut.period):
-            if short_rows(g):
+            if long is not None and rows == FOUR:
+                note_four(g, x, dy, first, mean, rstd, weight, band, sums, terms, statistics, found)
+            elif long is None and short_rows(g):
                 note_short_rows(g, x, dy, first, rows, mean, rstd, weight, statistics)
             else:
                 note_rows(g, x, dy, first, rows, mean, rstd, weight, statistics)
-            fill_terms(terms, statistics, rows, np.float64(cut.inner), mean is not None)
+            fill_terms(terms, statistics, rows, np.float64(cut.inner), mean is not None, relative)
             for chunk in range(cut.chunks):
                 stream = finish_rows(
-                    g, x, dy, dx, seam, stream, first, rows, chunk, terms, weight, band, sums
+                    g, x, dy, dx, seam, stream, first, rows, chunk, terms, weight, band, sums, long
                 )
     if dx is not None:
         finish(dx, seam, stream)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nbnorm._cpu.halves import narrow, widen
-from nbnorm._cpu.launch import inlined, loop, narrow_loop
+from nbnorm._cpu.launch import inlined, loop, narrow_loop, reduction
 from nbnorm._cpu.spans import ROWS
 from nbnorm._math import input_gradient, normalize, rounded, scaled, standardize
 
@@ -78,3 +78,38 @@ def parameter_grad_four(xa, xb, xc, xd, dya, dyb, dyc, dyd, terms, k, sum_dz, su
             c * normalize(widen(xc[i]), mean_c, rstd_c, rest_c)
             + d * normalize(widen(xd[i]), mean_d, rstd_d, rest_d)
         )
+
+
+@reduction
+def grads_of_four(xa, xb, xc, xd, dya, dyb, dyc, dyd, weight, terms, sum_dz, sum_dz_x_hat):
+    """Add four rows at once, if sums are wanted, and return the sums of g over each, then those of g * x_hat.
+
+    Parameters and their sums are read and written once for all of them.
+    """
+    mean_a, rstd_a, rest_a = normal_terms(terms, 0)
+    mean_b, rstd_b, rest_b = normal_terms(terms, 1)
+    mean_c, rstd_c, rest_c = normal_terms(terms, 2)
+    mean_d, rstd_d, rest_d = normal_terms(terms, 3)
+    sum_a = sum_b = sum_c = sum_d = sum_p = sum_q = sum_r = sum_s = rounded(0.0, xa)
+    for i in range(xa.shape[0]):
+        a, b, c, d = widen(dya[i]), widen(dyb[i]), widen(dyc[i]), widen(dyd[i])
+        p = a * normalize(widen(xa[i]), mean_a, rstd_a, rest_a)
+        q = b * normalize(widen(xb[i]), mean_b, rstd_b, rest_b)
+        r = c * normalize(widen(xc[i]), mean_c, rstd_c, rest_c)
+        s = d * normalize(widen(xd[i]), mean_d, rstd_d, rest_d)
+        if sum_dz is not None:
+            sum_dz[i] += (a + b) + (c + d)
+            sum_dz_x_hat[i] += (p + q) + (r + s)
+        if weight is not None:
+            w = weight[i]
+            a, b, c, d = rounded(a * w, xa), rounded(b * w, xa), rounded(c * w, xa), rounded(d * w, xa)
+            p, q, r, s = rounded(p * w, xa), rounded(q * w, xa), rounded(r * w, xa), rounded(s * w, xa)
+        sum_a += a
+        sum_b += b
+        sum_c += c
+        sum_d += d
+        sum_p += p
+        sum_q += q
+        sum_r += r
+        sum_s += s
+    return sum_a, sum_b, sum_c, sum_d, sum_p, sum_q, sum_r, sum_s

@@ -16,18 +16,17 @@ from nbnorm._cpu.bands import (
     add_bands,
     apply_chunk,
     backward_band,
-    chunk_grad_sums,
     column_tasks,
     forward_band,
     input_grad_band,
-    short_row_grad_sums,
-    value_of,
+    long_band_sums,
 )
 from nbnorm._cpu.lanes import fill
 from nbnorm._cpu.launch import Twins
 from nbnorm._cpu.memory import part, row
+from nbnorm._cpu.row_sums import chunk_grad_sums, short_row_grad_sums, value_of
 from nbnorm._cpu.scratch import wide
-from nbnorm._cpu.spans import band_count, fused, geometry, short_rows, span, unpack
+from nbnorm._cpu.spans import band_count, fused, geometry, long_rows, short_rows, span, unpack
 from nbnorm._cpu.tiles import line_moments
 from nbnorm._math import merge, reciprocal_std
 
@@ -38,6 +37,7 @@ __all__ = [
     "fused",
     "geometry",
     "gradient_passes_kernel",
+    "long_rows",
     "passes_kernel",
 ]
 
@@ -80,15 +80,21 @@ def passes_kernel(g, x, y, weight, bias, eps, mean, m2, rstd):
 
 
 @Twins
-def gradient_passes_kernel(g, x, dy, dx, mean, rstd, weight, sums, total, rest):
-    """One chunk per task, pass after pass: x and dy are read for the sums of rows and for gradients."""
+def gradient_passes_kernel(g, x, dy, dx, mean, rstd, weight, sums, total, rest, long):
+    """One chunk per task, pass after pass: x and dy are read for the sums of rows and for gradients.
+
+    ``long`` is what `long_rows` says.
+    """
     cut = unpack(g)
     rows, chunks = cut.rows, cut.chunks
-    part_sums = wide((rows * chunks if dx is not None else 0, 2))
+    part_sums = wide((rows * chunks, 2))
     sum_g, sum_g_x_hat = wide(rows), wide(rows)
     fill(row(sum_g, 0, rows), 0.0)
     fill(row(sum_g_x_hat, 0, rows), 0.0)
-    if dx is not None:
+    if long is not None:
+        for task in prange(cut.bands * chunks):
+            long_band_sums(g, x, dy, task // chunks, task % chunks, mean, rstd, weight, sums, part_sums)
+    elif dx is not None:
         for task in prange(rows * chunks):
             r = task // chunks
             own = part_sums[task]
@@ -98,6 +104,7 @@ def gradient_passes_kernel(g, x, dy, dx, mean, rstd, weight, sums, total, rest):
                 own[0], own[1] = short_row_grad_sums(x, dy, first, n, r_mean, r_rstd, part(weight, p, n))
             else:
                 own[0], own[1] = chunk_grad_sums(g, x, dy, r, task % chunks, r_mean, r_rstd, weight)
+    if dx is not None:
         for r in prange(rows):
             for i in range(r * chunks, (r + 1) * chunks):
                 sum_g[r] += part_sums[i, 0]
@@ -105,7 +112,7 @@ def gradient_passes_kernel(g, x, dy, dx, mean, rstd, weight, sums, total, rest):
     for task in prange(cut.bands * chunks):
         band, chunk = task // chunks, task % chunks
         input_grad_band(
-            g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_x_hat, sums
+            g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_x_hat, sums, long
         )  # fmt: skip
     if sums is not None:
         for task in prange(column_tasks(sums)):
@@ -113,10 +120,10 @@ def gradient_passes_kernel(g, x, dy, dx, mean, rstd, weight, sums, total, rest):
 
 
 @Twins
-def backward_kernel(g, x, dy, dx, mean, rstd, weight, sums, total, rest):
+def backward_kernel(g, x, dy, dx, mean, rstd, weight, sums, total, rest, long):
     """One band per task: the sums over a few rows, then their gradients from cache; at last all bands together."""
     for band in prange(unpack(g).bands):
-        backward_band(g, x, dy, dx, band, mean, rstd, weight, sums)
+        backward_band(g, x, dy, dx, band, mean, rstd, weight, sums, long)
     if sums is not None:
         for task in prange(column_tasks(sums)):
             add_bands(sums, total, rest, task)

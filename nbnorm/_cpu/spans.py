@@ -21,6 +21,11 @@ from nbnorm._view import View
 # to 256, where they are streamed, 0.98 to 1.18 (Zen 4; benchmarks/bench_norms.py, ShortRows, before and after).
 ROWS = 8
 SHORT_PAIR = 191  # of x and dy
+# Values of a row from which backward takes four rows side by side for the sums of rows and of parameters at once: of
+# 1024 and more they take 0.76 to 1.04 of the time of one walk for each, in memory of 768 1.07 to 1.18, of 192 1.28 to
+# 1.42, since each such row begins a walk along memory anew (Zen 4; benchmarks/bench_norms.py, LongRows, before and
+# after). Not of float64, of which a chain of additions may be but a few long.
+LONG = 1024
 # Bytes of a row of x and of y up to which forward takes such rows together, where x and y fit half of the last-level
 # cache: 384 to 768 columns of float32 take 0.78 to 0.97 of the time there, up to 2048 take 0.84 to 1.02. Of more, or
 # where that cache is remote, columns and elements of these rows are fewer: 512 columns take up to a quarter less time
@@ -77,6 +82,14 @@ def geometry(view: View, threads: int, masked: bool = False, size: int = 0, lett
     return np.array(
         Cut(rows, inner, period, band, -(-samples // band), chunks, step, together, streamed, ahead)
     )
+
+
+def long_rows(inner: int, letter: str) -> bool | None:
+    """Whether backward takes the sums of four rows and of parameters in one walk, as kernels are told: True or None.
+
+    What None leaves out of them is not compiled.
+    """
+    return True if inner >= LONG and letter != "d" else None
 
 
 def rows_together(rows: int, inner: int, size: int) -> int:
