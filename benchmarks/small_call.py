@@ -12,7 +12,7 @@ import numpy as np
 
 with suppress(ImportError):  # asv reads every file of this folder, with versions that lack them
     import nbnorm
-    from nbnorm import _batch, _call, _cpu, _gradients, _layout
+    from nbnorm import _batch, _call, _cpu, _gradients
     from nbnorm._cpu import columns
 
 from benchmarks.common import best
@@ -40,7 +40,6 @@ def steps() -> dict[str, dict[str, Callable[[], object]]]:
             "with running statistics": lambda: nbnorm.batch_norm_forward(x, weight, bias, *running, out=y),
             "checks and plan": lambda: _call.batch_call("batch_norm_forward", x, weight, bias, 1e-5, 1, y),
             "settings": lambda: _batch.training(0.1, 1, "error", "propagate"),
-            "where to write": lambda: _layout.workspace(y, x, x),
             "backend": lambda: _cpu.forward(view, x, y, call.epilogue, 1e-5),
             "of it the kernel": lambda: columns.forward_kernel.serial(
                 g, lines[0], lines[2], *options, 1e-5, mean, m2, rstd

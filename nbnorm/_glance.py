@@ -27,34 +27,19 @@ def fitting_inputs(x: Any, weight: Any, bias: Any, out: Any, parameters: tuple[i
 
     ``parameters`` is the shape of weight and bias. Where they lie in memory remains to be seen.
     """
-    return (
-        type(x) is np.ndarray
-        and x.base is None
-        and x.dtype in PARAMETERS
-        and (
-            weight is None
-            or (
-                type(weight) is np.ndarray
-                and weight.base is None
-                and weight.shape == parameters
-                and weight.dtype in PARAMETERS
-                and weight.flags.aligned
-            )
-        )
-        and (
-            bias is None
-            or (
-                type(bias) is np.ndarray
-                and bias.base is None
-                and bias.shape == parameters
-                and bias.dtype in PARAMETERS
-                and bias.flags.aligned
-            )
-        )
-        and (
-            out is None
-            or (fitting(out, x) and out.base is None and not (out is x or out is weight or out is bias))
-        )
+    if type(x) is not np.ndarray or x.base is not None or x.dtype not in PARAMETERS:
+        return False
+    for parameter in (weight, bias):
+        if parameter is not None and not (
+            type(parameter) is np.ndarray
+            and parameter.base is None
+            and parameter.shape == parameters
+            and parameter.dtype in PARAMETERS
+            and parameter.flags.aligned
+        ):
+            return False
+    return out is None or (
+        fitting(out, x) and out.base is None and not (out is x or out is weight or out is bias)
     )
 
 
