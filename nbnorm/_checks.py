@@ -263,7 +263,7 @@ def statistic(name: str, value: Any, channels: int) -> Any:
 
 def running(name: str, value: Any, channels: int) -> Any:
     """Return a running statistic that will be updated in place."""
-    if not isinstance(value, np.ndarray) and not is_cupy(value):
+    if isinstance(value, np.ma.MaskedArray) or not (isinstance(value, np.ndarray) or is_cupy(value)):
         raise TypeError(f"{name} must be a NumPy array, which is updated in place, got {type_name(value)}")
     if value.dtype not in PARAMETERS:
         raise TypeError(f"{name} has dtype {value.dtype}, expected float32 or float64")

@@ -23,9 +23,9 @@ def fitting(value: Any, like: Any) -> bool:
 
 
 def fitting_inputs(x: Any, weight: Any, bias: Any, out: Any, parameters: tuple[int, ...]) -> bool:
-    """Whether the arrays of a forward call surely pass all checks and share no memory, seen at a glance.
+    """Whether the arrays of a forward call surely pass all checks, and ``out`` is apart, seen at a glance.
 
-    ``parameters`` is the shape of weight and bias. Where they lie in memory remains to be seen.
+    ``parameters`` is the shape of weight and bias. Whether x is dense in memory remains to be seen.
     """
     if type(x) is not np.ndarray or x.base is not None or x.dtype not in PARAMETERS:
         return False

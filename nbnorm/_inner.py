@@ -1,8 +1,8 @@
 """How kernels are compiled, and functions that only kernels call: these into what a kernel takes in, and no further.
 
-All but loops over short rows are compiled for vectors as wide as the machine has. LLVM takes half of AVX-512 for
-Intel's processors, since the first that had it slowed down: in cache, halves take a tenth to a quarter less time with
-all of it, float32 up to a tenth; rows of 96 took a tenth more (Emerald Rapids).
+All but loops that also go over short rows are compiled for vectors as wide as the machine has. LLVM takes half of
+AVX-512 for Intel's processors, since the first that had it slowed down: in cache, halves take a tenth to a quarter less
+time with all of it, float32 up to a tenth; rows of 96 took a tenth more (Emerald Rapids).
 
 Numba optimizes every function and turns it into machine code, and each of its callers does so again with all that it
 calls: what lies five calls deep is optimized six times, in a parallel loop nine times. When that ended here, serial
@@ -64,7 +64,7 @@ class LoopCode(ElementCode, PartCode):
 
 
 class NarrowLoopCode(LoopCode):
-    """Such code of loops over short rows, much of which four of the widest vectors, LLVM's choice, would leave over.
+    """Such code of loops that also go over short rows, which four of the widest vectors, LLVM's choice, would not fill.
 
     Two at a time, backward of rows of 32 to 96 values takes 0.88 to 0.9 of the time (Zen 5); half as wide, rows of 96
     in memory take 0.72 to 0.86 of it, those in cache as long (Zen 4; benchmarks/bench_norms.py, ShortRows, before and

@@ -125,6 +125,7 @@ TRAINING_FAULTS = [
     Fault("var without mean", some(running_mean=None), ValueError, r"running_var.*without running_mean"),
     Fault("mean half", some(running_mean=np.ones(2, np.float16)), TypeError, r"running_mean .*float16"),
     Fault("mean list", some(running_mean=[0.0, 0.0]), TypeError, r"running_mean.*list"),
+    Fault("var masked", some(running_var=np.ma.ones(2, F4)), TypeError, r"running_var.*MaskedArray"),
     Fault(
         "mean read-only",
         some(running_mean=read_only(np.ones(2, F4))),

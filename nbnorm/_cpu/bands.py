@@ -22,6 +22,7 @@ from nbnorm._cpu.row_sums import (
     chunk_grad_sums,
     fill_terms,
     four_grad_sums,
+    in_one_walk,
     note,
     note_four,
     note_rows,
@@ -181,7 +182,7 @@ def finish_rows(g, x, dy, dx, seam, stream, first, rows, chunk, terms, weight, b
 
     Those of parameters have been added if they are four long ones.
     """
-    if sums is not None and not (long is not None and rows == FOUR):  # before dx, which may go into dy
+    if sums is not None and not in_one_walk(long, rows):  # before dx, which may go into dy
         parameter_grads(g, x, dy, first, rows, chunk, terms, band, sums)
     if dx is not None:
         if long is None and short_rows(g) and not rounded_in_blocks(dx):  # nor are they ever streamed
@@ -237,7 +238,7 @@ def input_grad_band(g, x, dy, dx, band, chunk, mean, rstd, weight, sum_g, sum_g_
         clear(g, chunk, band, sums)
     for sample in range(start, end, cut.together):
         rows = min(cut.together, end - sample)
-        relative = not (long is not None and rows == FOUR)
+        relative = not in_one_walk(long, rows)
         for first in range(sample * cut.period, (sample + 1) * cut.period):
             for k in range(rows):
                 r = first + k * cut.period
@@ -263,9 +264,9 @@ def backward_band(g, x, dy, dx, band, mean, rstd, weight, sums, long):
         clear(g, chunk, band, sums)
     for sample in range(start, end, cut.together):
         rows = min(cut.together, end - sample)
-        relative = not (long is not None and rows == FOUR)
+        relative = not in_one_walk(long, rows)
         for first in range(sample * cut.period, (sample + 1) * cut.period):
-            if long is not None and rows == FOUR:
+            if long is not None and in_one_walk(long, rows):
                 note_four(g, x, dy, first, mean, rstd, weight, band, sums, terms, statistics, found)
             elif long is None and short_rows(g):
                 note_short_rows(g, x, dy, first, rows, mean, rstd, weight, statistics)

@@ -41,7 +41,7 @@ contracted = inner(pipeline_class=Loop, fastmath={"contract"})
 # The least that lets LLVM vectorize a sum; NaN and Inf keep their meaning. Short segments would notice a call.
 _REDUCTION: dict[str, Any] = {"fastmath": {"reassoc", "contract"}, "forceinline": True}
 reduction = inner(pipeline_class=Loop, **_REDUCTION)
-# For short rows.
+# For short rows, and for loops that longer ones do not mind in vectors half as wide.
 narrow_loop = inner(pipeline_class=NarrowLoop, forceinline=True)
 narrow_reduction = inner(pipeline_class=NarrowLoop, **_REDUCTION)
 

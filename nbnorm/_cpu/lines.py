@@ -29,7 +29,7 @@ apply_block = inlined(_line)
 
 
 def _input_grad_line(x, dy, dx, weight, terms, k):
-    """Dx of neighbours that share statistics; for ``terms`` see `bands.fill_terms`."""
+    """Dx of neighbours that share statistics; for ``terms`` see `row_sums.fill_terms`."""
     mean_hi, rstd = terms[k], terms[ROWS + k]
     slope, offset, gain = terms[3 * ROWS + k], terms[4 * ROWS + k], terms[5 * ROWS + k]
     for i in range(x.shape[0]):

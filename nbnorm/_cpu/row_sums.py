@@ -15,8 +15,8 @@ from nbnorm._cpu.spans import ROWS, span, unpack
 from nbnorm._cpu.tiles import FOUR, piece, piece_grad_sums, short_grad_sums
 from nbnorm._math import affine, gradient_terms, recentered
 
-# Columns of four long rows that are summed before float64 takes over: with 16 SIMD accumulators for each sum, no chain
-# is longer than 32 additions.
+# Columns of four long rows that are summed before float64 takes over: where a vector has 16 values, no chain is longer
+# than 32 additions, with 8 than 64.
 LONG_PIECE = 512
 
 
@@ -87,6 +87,12 @@ def note_short_rows(g, x, dy, first, rows, mean, rstd, weight, statistics):
         a, b = short_row_grad_sums(x, dy, i, n, r_mean, r_rstd, weight)
         note(statistics, k, r_mean, r_rstd, a, b)
         i, r = i + period * n, r + period
+
+
+@helper
+def in_one_walk(long, rows):
+    """Whether the sums of so many rows are taken in one walk with those of parameters, then not relative."""
+    return long is not None and rows == FOUR
 
 
 @inlined
