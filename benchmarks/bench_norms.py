@@ -65,20 +65,6 @@ class ShortRows(Timed):
         return measured(self)
 
 
-class LongRows(Timed):
-    """From where on do four rows side by side, which begin apart, cost no more than one after the other?"""
-
-    params = (["backward"], [512, 768, 1024, 2048, 4096, 50257], ["1 MB", "24 MB"])
-    param_names = ("operation", "columns", "size")
-
-    def measure(self, operation, columns, size):
-        values = {"1 MB": 1 << 18, "24 MB": 3 << 21}[size]
-        return measure(operation, Case("layer", (max(values // columns, 4), columns)))
-
-    def setup_cache(self):
-        return measured(self)
-
-
 class RMSNorm(_Norm):
     """Rows, as in large language models."""
 
@@ -110,4 +96,4 @@ class InstanceNorm(_Norm):
 
 
 if __name__ == "__main__":
-    show(LayerNorm, ShortRows, LongRows, RMSNorm, GroupNorm, InstanceNorm)
+    show(LayerNorm, ShortRows, RMSNorm, GroupNorm, InstanceNorm)

@@ -289,7 +289,7 @@ def past() -> None:
 def rows_together() -> None:
     """Layer norm of which more and more rows are taken together, pass after pass; in cache and past it."""
     for width, size in product(
-        (32, 96, 128, 256, 384, 512, 768, 1024, 2048), (1 << 16, 1 << 18, 1 << 20, 1 << 21, 1 << 23)
+        (32, 96, 128, 160, 192, 256, 384, 512, 768, 1024, 2048), (1 << 16, 1 << 18, 1 << 20, 1 << 21, 1 << 23)
     ):
         case = Case("layer", (size // width, width))
         for name, field in (("forward", "step"), ("backward", "together")):
@@ -304,6 +304,29 @@ def rows_together() -> None:
             }
             ways["copy"] = lambda b=b: np.copyto(b.out, b.dy)
             show(f"rows together, {name} {case.shape}, chosen {own}", ways)
+
+
+def in_one_walk() -> None:
+    """Layer norm backward whose rows have their own sums and those of parameters one after the other, or at once."""
+    for width, size in product(
+        (192, 256, 512, 768, 1024, 1536, 2048, 4096, 50257), (1 << 17, 1 << 21, 1 << 23)
+    ):
+        case = Case("layer", (max(size // width, 4), width))
+        call, b = prepare("backward", case)
+        chosen = rows.long_rows(width, b.x.dtype.char)
+        ways = {name: told(long, call) for name, long in (("two walks", None), ("one", True))}
+        ways["copy"] = lambda b=b: np.copyto(b.out, b.dy)
+        show(f"sums in one walk, {case.shape}, chosen {'one' if chosen else 'two'}", ways)
+
+
+def told(long: bool | None, call: Callable[[], object]) -> Callable[[], object]:
+    """Return a call whose rows are taken for long ones, or not."""
+
+    def run() -> None:
+        with patch.object(rows, "long_rows", lambda *_: long):
+            call()
+
+    return run
 
 
 def fetched() -> None:
@@ -347,5 +370,6 @@ if __name__ == "__main__":
     together()
     past()
     rows_together()
+    in_one_walk()
     fetched()
     streamed()

@@ -156,10 +156,8 @@ def _call(
         residual = _checks.array("residual", residual)
         _checks.shape("residual", residual, source.shape)
         _checks.dtype("residual", residual, source.dtype)
-    owned = _glance.owners(source, weight, bias, residual, out)
-    apart = (
-        owned and out is not None and not (out is source or out is weight or out is bias or out is residual)
-    )
+    apart = _glance.apart(out, source, weight, bias, residual)
+    owned = apart or _glance.owners(source, weight, bias, residual, out)
     if out is not None and not _glance.fitting(out, source):
         _checks.out("out", out, source.shape, source.dtype)
     if not apart:

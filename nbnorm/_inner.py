@@ -66,9 +66,9 @@ class LoopCode(ElementCode, PartCode):
 class NarrowLoopCode(LoopCode):
     """Such code of loops that also go over short rows, which four of the widest vectors, LLVM's choice, would not fill.
 
-    Two at a time, backward of rows of 32 to 96 values takes 0.88 to 0.9 of the time (Zen 5); half as wide, rows of 96
-    in memory take 0.72 to 0.86 of it, those in cache as long (Zen 4; benchmarks/bench_norms.py, ShortRows, before and
-    after).
+    Two at a time, backward of rows of 32 to 96 values takes 0.88 to 0.9 of the time (benchmarks/bench_norms.py,
+    ShortRows, before and after; Zen 5); half as wide, rows of 96 in memory took 0.72 to 0.86 of it in trials, those in
+    cache as long (Zen 4).
     """
 
     bits = 256

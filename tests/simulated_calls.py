@@ -282,5 +282,9 @@ def test_mixtures_are_refused(cp, rng):
         nbnorm.batch_norm_forward(x, out=on(cp, x))
     with pytest.raises(TypeError, match="running_mean is a NumPy array"):
         nbnorm.batch_norm_forward(on(cp, x), None, None, np.zeros(4), np.ones(4))
+    out = np.full_like(x, 7)
+    with pytest.raises(TypeError, match=r"x is a NumPy array, but running_mean is a .*on device 0"):
+        nbnorm.batch_norm_forward(x, None, None, on(cp, np.zeros(4)), on(cp, np.ones(4)), out=out)
+    assert (out == 7).all()
     with pytest.raises(TypeError, match="int32"):
         nbnorm.batch_norm_forward(on(cp, x.astype(np.int32)))

@@ -185,7 +185,7 @@ def finish_rows(g, x, dy, dx, seam, stream, first, rows, chunk, terms, weight, b
     if sums is not None and not in_one_walk(long, rows):  # before dx, which may go into dy
         parameter_grads(g, x, dy, first, rows, chunk, terms, band, sums)
     if dx is not None:
-        if long is None and short_rows(g) and not rounded_in_blocks(dx):  # nor are they ever streamed
+        if long is None and short_rows(g) and not (stream.past or rounded_in_blocks(dx)):
             short_input_grads(g, x, dy, dx, first, rows, terms, weight)
         else:
             for k in range(rows):
@@ -266,7 +266,7 @@ def backward_band(g, x, dy, dx, band, mean, rstd, weight, sums, long):
         rows = min(cut.together, end - sample)
         relative = not in_one_walk(long, rows)
         for first in range(sample * cut.period, (sample + 1) * cut.period):
-            if long is not None and in_one_walk(long, rows):
+            if long is not None and in_one_walk(long, rows):  # the first leaves it out where it is None
                 note_four(g, x, dy, first, mean, rstd, weight, band, sums, terms, statistics, found)
             elif long is None and short_rows(g):
                 note_short_rows(g, x, dy, first, rows, mean, rstd, weight, statistics)

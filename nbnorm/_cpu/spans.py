@@ -16,15 +16,17 @@ from nbnorm._cpu.tiles import CHUNK, FOUR, TILE, within
 from nbnorm._view import View
 
 # Rows that backward takes together, pass after pass, if they are short, for what `short_slots` says; else a row follows
-# the other, four in all, whose terms of the parameters' gradients are added at once (benchmarks/choices.py). Short are
-# those of fewer values than are ever streamed: of 130 to 176 they take 0.77 to 0.98 of the time of longer ones, of 192
-# to 256, where they are streamed, 0.98 to 1.18 (Zen 4; benchmarks/bench_norms.py, ShortRows, before and after).
+# the other, four in all, whose terms of the parameters' gradients are added at once. Short are those of fewer values
+# than are ever streamed: of 128 and 160 four take 1.06 to 1.28 of the time of eight, past the caches 0.97 to 1.21; of
+# 192 and 256, eight take 0.88 to 0.97 of that of four in cache, past it, where they are streamed, 1.04 to 1.13 (Zen 4;
+# benchmarks/choices.py, rows together).
 ROWS = 8
 SHORT_PAIR = 191  # of x and dy
 # Values of a row from which backward takes four rows side by side for the sums of rows and of parameters at once: of
-# 1024 and more they take 0.76 to 1.04 of the time of one walk for each, in memory of 768 1.07 to 1.18, of 192 1.28 to
-# 1.42, since each such row begins a walk along memory anew (Zen 4; benchmarks/bench_norms.py, LongRows, before and
-# after). Not of float64, of which a chain of additions may be but a few long.
+# 1024 and more they take 0.81 to 0.95 of the time of one walk for each, past the caches 0.88 to 1.08; of 192 to 768
+# 0.85 to 0.9 of it while they fit the second-level cache, beyond it 0.98 to 1.54, since each such row begins a walk
+# along memory anew (Zen 4; the same, sums in one walk). Not of float64, of which a chain of additions may be but a few
+# long.
 LONG = 1024
 # Bytes of a row of x and of y up to which forward takes such rows together, where x and y fit half of the last-level
 # cache: 384 to 768 columns of float32 take 0.78 to 0.97 of the time there, up to 2048 take 0.84 to 1.02. Of more, or
