@@ -171,7 +171,7 @@ def chunk_grad_sums(g, x, dy, residual, activation, weights, index, chunk, terms
     chunk_lane_grad_sums(
         x, dy, residual, rows_weights(weights, own.batch, start, whole), activation,
         own.base + start * cut.lanes + own.lane, cut.lanes, whole, cut.spare if end > cut.rows else 0,
-        terms, scratch((2, own.lanes), x), room((4, 2, cut.block), x, weights, activation), lane_sums[chunk],
+        terms, scratch((2, own.lanes), x), room((4, 2, cut.block), x, weights), lane_sums[chunk],
     )  # fmt: skip
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from nbnorm._activation import activate, activation_gradient
+from nbnorm._activation import activate
 from nbnorm._cpu.halves import narrow, widen
 from nbnorm._cpu.launch import called, helper, inlined, reduction
-from nbnorm._cpu.tiles import before_activation
+from nbnorm._cpu.tiles import before_activation, below_activation
 from nbnorm._math import input_gradient, rounded, standardize
 
 # Rows summed in the array's own type before float64 takes over.
@@ -75,8 +75,8 @@ def input_grad_row(
         value, d = widen(x[i]), widen(dy[i])
         if activation is not None:
             absent = w is not None and slope is None and d == 0
-            z = before_activation(value, residual, i, mean_hi[i], scale[i], shift[i])
-            d = rounded(0.0, x) if absent else activation_gradient(d, z, activation)
+            dz = below_activation(d, value, residual, i, mean_hi[i], scale[i], shift[i], activation)
+            d = rounded(0.0, x) if absent else dz
         if dresidual is not None:
             dresidual[i] = narrow(d, dresidual)
         if slope is None:

@@ -9,9 +9,8 @@ Tried and left out: second passes that walk backwards, into what has been read l
 1 to 6 MB on Zen 3, no difference on Zen 4); fetching the next segment ahead (3 to 6 % of a reading pass on Zen 3,
 nothing on Zen 4); fetching the next slot ahead (a third of a reading pass slot by slot of 14 x 14 on Zen 4, less than
 walking along memory gains); streaming results from a piece in cache instead of from registers (`streams`; backward a
-tenth longer on Zen 5, on Zen 3 longer than plain stores); dz of an activation computed within the loop of the sums (a
-tenth less on Zen 5, but sums that need not have the bits of those over a dz from outside); asking for y, or for x of
-the next slot, before the normalization of a slot (no difference for 16 KB on Emerald Rapids).
+tenth longer on Zen 5, on Zen 3 longer than plain stores); asking for y, or for x of the next slot, before the
+normalization of a slot (no difference for 16 KB on Emerald Rapids).
 """
 
 from __future__ import annotations

@@ -6,12 +6,12 @@ from typing import Any
 
 from numba import types
 
-from nbnorm._activation import activate, activation_gradient
+from nbnorm._activation import activate
 from nbnorm._cpu.halves import narrow, widen
 from nbnorm._cpu.launch import inlined, loop
 from nbnorm._cpu.memory import row
 from nbnorm._cpu.pairs import joined, lower, upper, words
-from nbnorm._cpu.tiles import before_activation
+from nbnorm._cpu.tiles import before_activation, below_activation
 from nbnorm._math import by_type, input_gradient, is_none, normalize, rounded, standardize
 
 
@@ -76,51 +76,18 @@ def apply_words(x, y, mean_hi, scale, shift, activation):
     apply_elements(row(x, last, odd), row(y, last, odd), None, mean_hi, scale, shift, activation)
 
 
-def summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room, at):
-    """x and dz of one piece: as they are, or computed into ``room``, from ``at`` on, where they depend on options.
+@loop
+def counted(x, dy, residual, weights, mean_hi, scale, shift, activation, room, at):
+    """X and dz of one piece as far as they count, in room from ``at`` on.
 
-    So dz takes part in the same sums, and gives the same bits, as one that comes from outside. What neither counts
-    nor has a gradient may be NaN; it takes part as 0.
+    What neither counts nor has a gradient may be NaN; it takes part as 0.
     """
-    given = (x, dy, residual, weights, mean_hi, scale, shift, activation, room, at)
-    return _summands(*given)(*given)
-
-
-@by_type(summands)
-def _summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room, at):
-    if is_none(room):
-        return lambda x, dy, residual, weights, mean_hi, scale, shift, activation, room, at: (x, dy)
-    if is_none(weights):
-        return lambda x, dy, residual, weights, mean_hi, scale, shift, activation, room, at: (
-            x, computed_dz(x, dy, residual, mean_hi, scale, shift, activation, room, at)
-        )  # fmt: skip
-    return lambda x, dy, residual, weights, mean_hi, scale, shift, activation, room, at: computed_summands(
-        x, dy, residual, weights, mean_hi, scale, shift, activation, room, at
-    )
-
-
-@loop
-def computed_dz(x, dy, residual, mean_hi, scale, shift, activation, room, at):
-    """Write dz of one piece out."""
-    n = x.shape[0]
-    dz_room = row(room, (1, at), n)
-    for i in range(n):
-        z = before_activation(widen(x[i]), residual, i, mean_hi, scale, shift)
-        dz_room[i] = activation_gradient(widen(dy[i]), z, activation)
-    return dz_room
-
-
-@loop
-def computed_summands(x, dy, residual, weights, mean_hi, scale, shift, activation, room, at):
-    """Write x and dz of one piece out."""
     n = x.shape[0]
     x_room, dz_room = row(room, (0, at), n), row(room, (1, at), n)
     for i in range(n):
         value, d = widen(x[i]), widen(dy[i])
         absent = weights[i] == 0 and d == 0
-        if activation is not None:
-            z = before_activation(value, residual, i, mean_hi, scale, shift)
-            d = activation_gradient(d, z, activation)
+        d = below_activation(d, value, residual, i, mean_hi, scale, shift, activation)
         x_room[i] = mean_hi if absent else value
         dz_room[i] = rounded(0.0, x) if absent else d
     return x_room, dz_room
@@ -137,8 +104,8 @@ def input_grad_segment(
         if weights is not None:
             absent = weights[i] == 0 and d == 0
         if activation is not None:
-            z = before_activation(value, residual, i, mean_hi, scale, shift)
-            d = rounded(0.0, x) if absent else activation_gradient(d, z, activation)
+            dz = below_activation(d, value, residual, i, mean_hi, scale, shift, activation)
+            d = rounded(0.0, x) if absent else dz
         if dresidual is not None:
             dresidual[i] = narrow(d, dresidual)
         if slope is None:

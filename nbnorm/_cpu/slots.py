@@ -10,7 +10,7 @@ from nbnorm._cpu.cut import block, bounds, positions, runs, unpack
 from nbnorm._cpu.launch import allocating, helper, inlined, loop
 from nbnorm._cpu.memory import borrowed, entry, part, row
 from nbnorm._cpu.scratch import room, scratch, wide
-from nbnorm._cpu.segments import apply_block, apply_segment, input_grad_segment, summands
+from nbnorm._cpu.segments import apply_block, apply_segment, counted, input_grad_segment
 from nbnorm._cpu.short_slots import SLOTS, short_moments
 from nbnorm._cpu.stores import seam_like
 from nbnorm._cpu.streams import begin, finish, writer
@@ -152,13 +152,39 @@ def apply_chunk(g, x, y, slot, slots, chunk, mean, rstd, weight, bias, residual,
 
 
 @inlined
-def segment_summands(cut, x, dy, residual, weights, slot, j, r, start, n, coefficients, activation, room, at):
-    """`summands` of ``n`` columns of run ``j`` in row ``r``, by mean, scale and shift of `normalize`."""
-    first = (r * cut.group + slot) * cut.inner + start
-    return summands(
-        row(x, first, n), row(dy, first, n), part(residual, first, n),
-        positions(entry(weights, slot // cut.period), cut, r, j, start, n), *coefficients, activation, room, at,
-    )  # fmt: skip
+def segment_sums(cut, x, dy, residual, weights, slot, j, r, start, n, rstd, coefficients, activation, room):
+    """`piece_grad_sums` of ``n`` columns of run ``j`` in row ``r``, by mean, scale and shift of `normalize`."""
+    i = (r * cut.group + slot) * cut.inner + start
+    own_x, own_dy, own_residual = row(x, i, n), row(dy, i, n), part(residual, i, n)
+    mean_hi, scale, shift = coefficients
+    if weights is None:
+        return piece_grad_sums(own_x, own_dy, None, mean_hi, rstd, scale, shift, activation, own_residual)
+    own_weights = positions(entry(weights, slot // cut.period), cut, r, j, start, n)
+    own_x, own_dy = counted(own_x, own_dy, own_residual, own_weights, *coefficients, activation, room, 0)
+    return piece_grad_sums(own_x, own_dy, None, mean_hi, rstd)
+
+
+@inlined
+def four_segments_sums(
+    cut, x, dy, residual, weights, slot, j, r, start, n, rstd, coefficients, activation, room
+):
+    """The same of that row and the next three."""
+    i, stride = (r * cut.group + slot) * cut.inner + start, cut.group * cut.inner
+    k, m, o = i + stride, i + 2 * stride, i + 3 * stride
+    xa, xb, xc, xd = row(x, i, n), row(x, k, n), row(x, m, n), row(x, o, n)
+    a, b, c, d = row(dy, i, n), row(dy, k, n), row(dy, m, n), row(dy, o, n)
+    ra, rb, rc, rd = part(residual, i, n), part(residual, k, n), part(residual, m, n), part(residual, o, n)
+    mean_hi, scale, shift = coefficients
+    if weights is None:
+        return grad_sums_of_four(
+            xa, xb, xc, xd, a, b, c, d, mean_hi, rstd, scale, shift, activation, ra, rb, rc, rd
+        )
+    own, how = entry(weights, slot // cut.period), (*coefficients, activation, room)
+    xa, a = counted(xa, a, ra, positions(own, cut, r, j, start, n), *how, 0)
+    xb, b = counted(xb, b, rb, positions(own, cut, r + 1, j, start, n), *how, n)
+    xc, c = counted(xc, c, rc, positions(own, cut, r + 2, j, start, n), *how, 2 * n)
+    xd, d = counted(xd, d, rd, positions(own, cut, r + 3, j, start, n), *how, 3 * n)
+    return grad_sums_of_four(xa, xb, xc, xd, a, b, c, d, mean_hi, rstd)
 
 
 @inlined
@@ -180,22 +206,17 @@ def add_segments(
     for r in range(first, end, height):
         for k in range(slot, slot + slots):
             own = sums[k * cut.chunks + chunk]
-            mean_hi, hat_scale, _ = affine(mean[k], rstd[k], 1.0, 0.0, x)
+            _, hat_scale, _ = affine(mean[k], rstd[k], 1.0, 0.0, x)
             for j in range(first_run, end_run):
                 start, size = bounds(cut, j, c0, cols)
                 given = (cut, x, dy, residual, weights, k, j)
-                how = (run_affine(cut, x, k, j, mean[k], rstd[k], weight, bias), activation, room)
+                how = (hat_scale, run_affine(cut, x, k, j, mean[k], rstd[k], weight, bias), activation, room)
                 if height == FOUR:
-                    xa, a = segment_summands(*given, r, start, size, *how, 0)
-                    xb, b = segment_summands(*given, r + 1, start, size, *how, size)
-                    xc, c = segment_summands(*given, r + 2, start, size, *how, 2 * size)
-                    xd, d = segment_summands(*given, r + 3, start, size, *how, 3 * size)
-                    note(own, j, *grad_sums_of_four(xa, xb, xc, xd, a, b, c, d, mean_hi, hat_scale))
+                    note(own, j, *four_segments_sums(*given, r, start, size, *how))
                 else:
                     for i in range(start, start + size, piece(x)):
                         n = min(piece(x), start + size - i)
-                        xa, a = segment_summands(*given, r, i, n, *how, 0)
-                        note(own, j, *piece_grad_sums(xa, a, None, mean_hi, hat_scale))
+                        note(own, j, *segment_sums(*given, r, i, n, *how))
 
 
 @allocating
@@ -211,7 +232,7 @@ def chunk_grad_sums(
     first_run, end_run = runs(c0, cols, cut.run)
     fours = in_fours(rows, min(cut.run, cols), x)
     given = (g, x, dy, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums)
-    own_room = room((2, PIECE), x, weights, activation)
+    own_room = room((2, PIECE), x, weights)
     add_segments(*given, own_room, r0, r0 + fours, FOUR)
     add_segments(*given, own_room, r0 + fours, r0 + rows, 1)
     for k in range(slot, slot + slots):

@@ -10,6 +10,7 @@ from math import isnan
 
 import numpy as np
 
+from nbnorm._activation import activation_gradient
 from nbnorm._cpu.halves import widen
 from nbnorm._cpu.launch import called, helper, inlined, narrow_reduction, reduction
 from nbnorm._cpu.memory import part, row
@@ -179,16 +180,17 @@ def central_sums(x, weights, mean):
     return total, squares
 
 
-def _grad_sums(x, dy, weight, mean_hi, rstd):
-    """Sums of g = dy * weight, or dy, and of g * x_hat over one piece; x_hat relative to the rounded mean."""
+def _grad_sums(x, dy, weight, mean_hi, rstd, scale=None, shift=None, activation=None, residual=None):
+    """Sums of g = dz * weight, or dz, and of g * x_hat over one piece; x_hat relative to the rounded mean."""
     sum_g = rounded(0.0, x)
     sum_g_x_hat = rounded(0.0, x)
     for i in range(x.shape[0]):
-        g = widen(dy[i])
+        value = widen(x[i])
+        g = below_activation(widen(dy[i]), value, residual, i, mean_hi, scale, shift, activation)
         if weight is not None:
             g = rounded(g * weight[i], x)
         sum_g += g
-        sum_g_x_hat += g * standardize(widen(x[i]), mean_hi, rstd)
+        sum_g_x_hat += g * standardize(value, mean_hi, rstd)
     return sum_g, sum_g_x_hat
 
 
@@ -198,19 +200,22 @@ short_grad_sums = narrow_reduction(_grad_sums)
 
 
 @reduction
-def grad_sums_of_four(xa, xb, xc, xd, a, b, c, d, mean_hi, rstd):
+def grad_sums_of_four(
+    xa, xb, xc, xd, dya, dyb, dyc, dyd, mean_hi, rstd,
+    scale=None, shift=None, activation=None, ra=None, rb=None, rc=None, rd=None,
+):  # fmt: skip
     """`piece_grad_sums` of four short segments together, without weights."""
     sum_g = other_g = sum_g_x_hat = other_g_x_hat = rounded(0.0, xa)
     for i in range(xa.shape[0]):
-        da, db, dc, dd = widen(a[i]), widen(b[i]), widen(c[i]), widen(d[i])
+        a, b, c, d = widen(xa[i]), widen(xb[i]), widen(xc[i]), widen(xd[i])
+        da = below_activation(widen(dya[i]), a, ra, i, mean_hi, scale, shift, activation)
+        db = below_activation(widen(dyb[i]), b, rb, i, mean_hi, scale, shift, activation)
+        dc = below_activation(widen(dyc[i]), c, rc, i, mean_hi, scale, shift, activation)
+        dd = below_activation(widen(dyd[i]), d, rd, i, mean_hi, scale, shift, activation)
         sum_g += da + db
         other_g += dc + dd
-        sum_g_x_hat += da * standardize(widen(xa[i]), mean_hi, rstd) + db * standardize(
-            widen(xb[i]), mean_hi, rstd
-        )
-        other_g_x_hat += dc * standardize(widen(xc[i]), mean_hi, rstd) + dd * standardize(
-            widen(xd[i]), mean_hi, rstd
-        )
+        sum_g_x_hat += da * standardize(a, mean_hi, rstd) + db * standardize(b, mean_hi, rstd)
+        other_g_x_hat += dc * standardize(c, mean_hi, rstd) + dd * standardize(d, mean_hi, rstd)
     return np.float64(sum_g) + np.float64(other_g), np.float64(sum_g_x_hat) + np.float64(other_g_x_hat)
 
 
@@ -344,6 +349,14 @@ def before_activation(value, residual, i, mean_hi, scale, shift):
     if residual is not None:
         z += widen(residual[i])
     return z
+
+
+@helper
+def below_activation(dy, value, residual, i, mean_hi, scale, shift, activation):
+    """Dz of one element: dy, or what an activation makes of it."""
+    if activation is None:
+        return dy
+    return activation_gradient(dy, before_activation(value, residual, i, mean_hi, scale, shift), activation)
 
 
 @helper
