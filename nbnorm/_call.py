@@ -71,10 +71,11 @@ def batch_call(
     source = _checks.array("x", x)
     _checks.at_least_2d(operation, source)
     axis = _checks.axis("channel_axis", channel_axis, source.ndim)
-    if options is PLAIN and _glance.fitting_inputs(source, weight, bias, out, (source.shape[axis],)):
+    owned = _glance.fitting_inputs(source, weight, bias, out, (source.shape[axis],)) if options is PLAIN else None
+    if owned is not None:
         view = batch_view(source.shape, source.strides, source.itemsize, axis)
         if view is not None:
-            return _at_a_glance(operation, source, view, sample_axis(axis), weight, bias, eps, out)
+            return _at_a_glance(operation, source, view, sample_axis(axis), weight, bias, eps, out, owned)
     weight = _checks.parameter("weight", weight, axis, source.shape)
     bias = _checks.parameter("bias", bias, axis, source.shape)
     masked = options.mask is not None
@@ -96,10 +97,11 @@ def group_call(
     channels = source.shape[axis]
     groups = channels if groups is None else _checks.num_groups(groups, channels)
     samples = sample_axis(axis)
-    if options is PLAIN and _glance.fitting_inputs(source, weight, bias, out, (channels,)):
+    owned = _glance.fitting_inputs(source, weight, bias, out, (channels,)) if options is PLAIN else None
+    if owned is not None:
         view = group_view(source.shape, source.strides, source.itemsize, axis, groups)
         if view is not None:
-            call = _at_a_glance(operation, source, view, samples, weight, bias, eps, out)
+            call = _at_a_glance(operation, source, view, samples, weight, bias, eps, out, owned)
             return call, (source.shape[samples], groups)
     weight = _checks.parameter("weight", weight, axis, source.shape)
     bias = _checks.parameter("bias", bias, axis, source.shape)
@@ -119,10 +121,11 @@ def trailing_call(
     source = _checks.array("x", x)
     split = _checks.trailing_axes(operation, axis, source.ndim)
     normalized = source.shape[split:]
-    if _glance.fitting_inputs(source, weight, bias, out, normalized):
+    owned = _glance.fitting_inputs(source, weight, bias, out, normalized)
+    if owned is not None:
         view = trailing_view(source.shape, source.strides, source.itemsize, len(normalized))
         if view is not None:
-            return _at_a_glance(operation, source, view, -1, weight, bias, eps, out), source.shape[:split]
+            return _at_a_glance(operation, source, view, -1, weight, bias, eps, out, owned), source.shape[:split]
     weight = _checks.normalized_parameter("weight", weight, normalized, source.shape)
     bias = _checks.normalized_parameter("bias", bias, normalized, source.shape)
     planner = partial(trailing_view, normalized=len(normalized))
@@ -132,7 +135,8 @@ def trailing_call(
 
 
 def _at_a_glance(
-    operation: str, x: Array, view: View, samples: int, weight: Array | None, bias: Array | None, eps: Any, out: Any
+    operation: str, x: Array, view: View, samples: int, weight: Array | None, bias: Array | None, eps: Any, out: Any,
+    owned: bool,
 ) -> Call:  # fmt: skip
     """Return a call without options whose arrays surely pass all checks and have a view as they lie in memory.
 
@@ -140,7 +144,7 @@ def _at_a_glance(
     """
     epilogue = Epilogue(weight, bias)
     return Call(
-        operation, x, x, view, None, epilogue, False, None, samples, _checks.eps(eps), out, True, out is not None
+        operation, x, x, view, None, epilogue, False, None, samples, _checks.eps(eps), out, owned, out is not None
     )  # fmt: skip
 
 

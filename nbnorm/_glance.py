@@ -1,4 +1,4 @@
-"""What surely passes all checks, seen at a glance: NumPy's own arrays, each the owner of its memory.
+"""What surely passes all checks, seen at a glance: NumPy's own arrays, results each the owner of their memory.
 
 Most arguments are such, and small calls notice the rest (benchmarks/small_call.py); what is not is left to `_checks`.
 """
@@ -22,25 +22,29 @@ def fitting(value: Any, like: Any) -> bool:
     )
 
 
-def fitting_inputs(x: Any, weight: Any, bias: Any, out: Any, parameters: tuple[int, ...]) -> bool:
-    """Whether the arrays of a forward call surely pass all checks, and ``out`` is apart, seen at a glance.
+def fitting_inputs(x: Any, weight: Any, bias: Any, out: Any, parameters: tuple[int, ...]) -> bool | None:
+    """Whether arrays of a forward call that surely pass all checks all own their memory; None for others.
 
-    ``parameters`` is the shape of weight and bias. Whether x is dense in memory remains to be seen.
+    ``parameters`` is the shape of weight and bias. Whether x is dense in memory remains to be seen. With ``out``, which
+    must be apart, all own their memory.
     """
-    if type(x) is not np.ndarray or x.base is not None or x.dtype not in PARAMETERS:
-        return False
+    if type(x) is not np.ndarray or x.dtype not in PARAMETERS or not x.flags.aligned:
+        return None
+    owned = x.base is None
     for parameter in (weight, bias):
-        if parameter is not None and not (
-            type(parameter) is np.ndarray
-            and parameter.base is None
-            and parameter.shape == parameters
-            and parameter.dtype in PARAMETERS
-            and parameter.flags.aligned
-        ):
-            return False
-    return out is None or (
-        fitting(out, x) and out.base is None and not (out is x or out is weight or out is bias)
-    )
+        if parameter is not None:
+            if not (
+                type(parameter) is np.ndarray
+                and parameter.shape == parameters
+                and parameter.dtype in PARAMETERS
+                and parameter.flags.aligned
+            ):
+                return None
+            owned = owned and parameter.base is None
+    if out is None:
+        return owned
+    apart = owned and fitting(out, x) and out.base is None and not (out is x or out is weight or out is bias)
+    return True if apart else None
 
 
 def fitting_pair(

@@ -5,7 +5,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import nbnorm.torch  # noqa: E402
-from nbnorm.torch import _bridge  # noqa: E402
 from torch_cases import (  # noqa: E402
     NORMS,
     VARIANTS,
@@ -152,14 +151,13 @@ def test_half_precision(norm, dtype, whole):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_large_results_are_tensors_as_any_other(dtype, memory_format):
+def test_results_are_tensors_as_any_other(dtype, memory_format):
     """NumPy's memory under them: layout, changes in place, gradients.
 
     In float64, as PyTorch adds up long columns of float32 one by one and is off by some 1e-4 itself.
     """
     theirs, ours = torch.nn.BatchNorm2d(8, dtype=torch.float64), nbnorm.torch.BatchNorm2d(8)
-    x = torch.randn(4, 8, 260, 260).to(dtype, memory_format=memory_format)
-    assert x.nbytes >= _bridge.HUGE_PAGES
+    x = torch.randn(4, 8, 26, 26).to(dtype, memory_format=memory_format)
     y, expected = ours(x), theirs(x.double())
     assert computed_by_nbnorm(y)
     assert not y._is_view()
@@ -169,6 +167,24 @@ def test_large_results_are_tensors_as_any_other(dtype, memory_format):
     expected.relu_().sum().backward()
     assert_close(y, expected.to(dtype), "y")
     assert_close(ours.weight.grad, theirs.weight.grad.float(), "dweight", size=x.numel() ** 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layout_of_results(dtype):
+    """Y has the strides that PyTorch gives what is like x: with gaps, axes of length 1, any order of axes."""
+    dense = torch.randn(4, 8, 6, 10).to(dtype)
+    last = dense.contiguous(memory_format=torch.channels_last)
+    inputs = [
+        dense[:, :, :, ::2], last[:, :, 1:4], dense[:, :, :1, :1], last[:, :, :1, :1].clone(), dense.transpose(0, 1),
+        dense.transpose(1, 3), dense[:, :1].contiguous(memory_format=torch.channels_last),
+        dense.permute(2, 3, 0, 1)[::2], dense[:1].expand(4, 8, 6, 10),
+    ]  # fmt: skip
+    for x in inputs:
+        ours = nbnorm.torch.BatchNorm2d(x.shape[1])
+        y, theirs = ours(x), torch.nn.BatchNorm2d(x.shape[1], dtype=torch.float64)
+        assert y.stride() == torch.empty_like(x).stride(), x.stride()
+        assert not y._is_view()
+        assert_close(y, theirs(x.double()).to(dtype), "y", roundings=2)
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # PyTorch's, of its own RMSNorm

@@ -27,15 +27,13 @@ DTYPES: dict[torch.dtype, np.dtype[Any]] = {
 if ml_dtypes is not None:
     DTYPES[torch.bfloat16] = np.dtype(ml_dtypes.bfloat16)
 
-HUGE_PAGES = 1 << 22
-"""Bytes from which on NumPy asks for huge pages."""
-
 _MAX_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
 
 def array(tensor: torch.Tensor) -> Array:
     """View a CPU tensor as an array."""
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.dtype is torch.bfloat16:
         bits: Array = tensor.view(torch.int16).numpy()
         return bits.view(DTYPES[torch.bfloat16])
@@ -55,17 +53,18 @@ def tensor(values: Array) -> torch.Tensor:
     return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
 
 
-def empty_like(x: torch.Tensor) -> torch.Tensor:
-    """Return an uninitialized tensor in the layout of another one; a large one in memory that NumPy has allocated.
+def result(values: Array, like: torch.Tensor) -> torch.Tensor:
+    """View a new array as a tensor in the layout that PyTorch gives results like another tensor.
 
-    NumPy asks Linux for pages of 2 MB, PyTorch does not: touching new memory for the first time is then a matter of a
-    few faults instead of 256 per MB.
+    It is none of PyTorch's views, which would forbid ``y.relu_()``.
     """
-    if x.numel() * x.element_size() < HUGE_PAGES:
-        return torch.empty_like(x)
-    strides = torch.empty_like(x, device="meta").stride()
-    memory = torch.from_numpy(np.empty(x.numel() * x.element_size(), np.uint8)).untyped_storage()
-    return torch.empty(0, dtype=x.dtype).set_(memory, 0, x.shape, strides)  # a view would forbid y.relu_()
+    y = tensor(values)
+    if y.stride() == like.stride() and not y._is_view():
+        return y
+    strides = torch.empty_like(like, device="meta").stride()
+    if any(n > 1 and a != b for n, a, b in zip(like.shape, y.stride(), strides, strict=True)):
+        return torch.empty_like(like).copy_(y)
+    return torch.empty(0, dtype=y.dtype).set_(y.untyped_storage(), 0, like.shape, strides)
 
 
 def strided_on_cpu(x: Any) -> bool:

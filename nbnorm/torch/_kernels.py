@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nbnorm import _call, functional, group_norms, layer_norms, running
+from nbnorm import _call, _checks, functional, group_norms, layer_norms, running
 from nbnorm.moments import Moments
+from nbnorm.running import Rule
 from nbnorm.saved import Saved
-from nbnorm.torch._bridge import array, empty_like, optional, tensor, with_torch_threads
+from nbnorm.torch._bridge import array, optional, result, tensor, with_torch_threads
 
 MaybeTensor: TypeAlias = Tensor | None
 
@@ -61,13 +62,11 @@ Gradients: TypeAlias = tuple[MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor]
 @with_torch_threads
 def inference(inputs: Inputs, mean: Tensor, var: Tensor, spec: Spec) -> Tensor:
     """Normalize by given statistics; nothing is kept."""
-    y = empty_like(inputs.x)
     x, weight, bias, residual = map(optional, inputs)
-    functional.batch_norm_inference(
-        x, array(mean), array(var), weight, bias, eps=spec.eps, activation=spec.activation or None,
-        residual=residual, out=array(y),
+    y = functional.batch_norm_inference(
+        x, array(mean), array(var), weight, bias, eps=spec.eps, activation=spec.activation or None, residual=residual
     )  # fmt: skip
-    return y
+    return result(y, inputs.x)
 
 
 @with_torch_threads
@@ -75,26 +74,26 @@ def forward(
     inputs: Inputs, spec: Spec, constants: tuple[Tensor, Tensor] | None = None, tracked: Running | None = None
 ) -> tuple[Tensor, Statistics]:
     """Normalize by x's own statistics, which enter ``tracked``, or by the constant mean and variance."""
-    y = empty_like(inputs.x)
     x, weight, bias, residual = map(optional, inputs)
-    options: dict[str, Any] = {"eps": spec.eps, "out": array(y)}
+    eps = spec.eps
     if spec.norm == "layer_norm":
-        saved = layer_norms.layer_norm_forward(x, weight, bias, axis=_axes(spec), **options)[1]
+        y, saved = layer_norms.layer_norm_forward(x, weight, bias, axis=_axes(spec), eps=eps)
     elif spec.norm == "rms_norm":
-        saved = layer_norms.rms_norm_forward(x, weight, axis=_axes(spec), **options)[1]
+        y, saved = layer_norms.rms_norm_forward(x, weight, axis=_axes(spec), eps=eps)
     elif spec.norm == "group_norm":
-        saved = group_norms.group_norm_forward(x, spec.size, weight, bias, **options)[1]
+        y, saved = group_norms.group_norm_forward(x, spec.size, weight, bias, eps=eps)
     elif spec.norm == "instance_norm":
-        saved = group_norms.instance_norm_forward(x, weight, bias, **options)[1]
+        y, saved = group_norms.instance_norm_forward(x, weight, bias, eps=eps)
     else:
-        options |= {"activation": spec.activation or None, "residual": residual}
         given = (None, None) if constants is None else map(array, constants)
-        training = constants is None
-        saved = functional.batch_norm_forward(x, weight, bias, *given, training=training, **options)[1]
-        if tracked is not None and saved.moments is not None:
-            _blend(tracked, saved.moments)
+        y, saved = functional.batch_norm_forward(
+            x, weight, bias, *given, training=constants is None, eps=eps, activation=spec.activation or None,
+            residual=residual,
+        )  # fmt: skip
+        if tracked is not None:
+            _blend(tracked, saved)
     mean, m2 = (None if values is None else tensor(values) for values in (saved.mean, saved.m2))
-    return y, Statistics(mean, tensor(saved.rstd), m2)
+    return result(y, inputs.x), Statistics(mean, tensor(saved.rstd), m2)
 
 
 def _axes(spec: Spec) -> tuple[int, ...]:
@@ -107,11 +106,13 @@ def update_running(tracked: Running, count: float, mean: Tensor, m2: Tensor) -> 
     _blend(tracked, Moments(count, array(mean), array(m2)))
 
 
-def _blend(tracked: Running, moments: Moments) -> None:
+def _blend(tracked: Running, batch: Moments | Saved) -> None:
     """Update running statistics of any type; autograd is told that they changed."""
     buffers = tracked[:2]
     wide = [b if b.dtype in (torch.float32, torch.float64) else b.float() for b in buffers]
-    running.update_running_stats(array(wide[0]), array(wide[1]), moments, tracked.momentum)
+    assert batch.mean is not None
+    pair = running.checked_pair(array(wide[0]), array(wide[1]), "x", batch.mean, batch.mean.size)
+    running.update(pair, batch, Rule(_checks.momentum(tracked.momentum), 1, "propagate"))
     for buffer, updated in zip(buffers, wide, strict=True):
         if buffer is updated:
             torch.autograd.graph.increment_version(buffer)
@@ -128,22 +129,24 @@ def backward(
     Without an activation the gradient of a residual is dy itself, and the residual is not in the inputs.
     """
     saved = _record(inputs, statistics, spec, constant)
-    names = ["dx", "dweight", "dbias", "dresidual"][: 3 + saved.with_residual]
-    wanted = [name for name, needed in zip(names, need, strict=False) if needed]
-    dx = empty_like(inputs.x) if need[0] else None
-    dresidual = empty_like(inputs.x) if "dresidual" in wanted else None
-    into = (optional(dx), None, None, optional(dresidual))[: len(names)]
-    if spec.norm == "rms_norm":
-        gradients = layer_norms.rms_norm_backward(array(dy), saved, need=wanted, out=into[:2])
-    else:
-        gradients = _BACKWARD[spec.norm](array(dy), saved, need=wanted, out=into)
-    dweight, dbias = (None if g is None else tensor(g) for g in (*gradients[1:], None)[:2])
-    return dx, dweight, dbias, dresidual
+    options: dict[str, Any] = {}  # by default all gradients are returned, which is seen at a glance
+    if not all(needed or value is None for needed, value in zip(need, inputs, strict=True)):
+        options["need"] = [name for name, needed in zip(_GRADIENTS, need, strict=True) if needed]
+    dx, dweight, *rest = _BACKWARD[spec.norm](array(dy), saved, **options)
+    dbias, dresidual = (*rest, None, None)[:2]
+    return (
+        None if dx is None else result(dx, inputs.x),
+        None if dweight is None else tensor(dweight),
+        None if dbias is None else tensor(dbias),
+        result(dresidual, inputs.x) if need[3] and dresidual is not None else None,
+    )
 
 
+_GRADIENTS = ("dx", "dweight", "dbias", "dresidual")
 _BACKWARD: dict[str, Any] = {
     "batch_norm": functional.batch_norm_backward,
     "layer_norm": layer_norms.layer_norm_backward,
+    "rms_norm": layer_norms.rms_norm_backward,
     "group_norm": group_norms.group_norm_backward,
     "instance_norm": group_norms.instance_norm_backward,
 }
