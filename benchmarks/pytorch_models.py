@@ -17,6 +17,7 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
+from random import Random
 from statistics import median
 from time import perf_counter
 
@@ -116,8 +117,9 @@ def compare(calls: dict[str, Step], rounds: int) -> dict[str, tuple[float, float
         call()  # compiles
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
+    order = Random(0)
     for _ in range(rounds):
-        names.append(names.pop(0))  # nobody always runs behind the same other
+        order.shuffle(names)  # nobody always runs behind the same other
         for name in names:
             start = perf_counter()
             calls[name]()
