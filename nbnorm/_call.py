@@ -71,7 +71,9 @@ def batch_call(
     source = _checks.array("x", x)
     _checks.at_least_2d(operation, source)
     axis = _checks.axis("channel_axis", channel_axis, source.ndim)
-    owned = _glance.fitting_inputs(source, weight, bias, out, (source.shape[axis],)) if options is PLAIN else None
+    owned = (
+        _glance.fitting_inputs(source, weight, bias, out, (source.shape[axis],)) if options is PLAIN else None
+    )
     if owned is not None:
         view = batch_view(source.shape, source.strides, source.itemsize, axis)
         if view is not None:
@@ -125,7 +127,8 @@ def trailing_call(
     if owned is not None:
         view = trailing_view(source.shape, source.strides, source.itemsize, len(normalized))
         if view is not None:
-            return _at_a_glance(operation, source, view, -1, weight, bias, eps, out, owned), source.shape[:split]
+            call = _at_a_glance(operation, source, view, -1, weight, bias, eps, out, owned)
+            return call, source.shape[:split]
     weight = _checks.normalized_parameter("weight", weight, normalized, source.shape)
     bias = _checks.normalized_parameter("bias", bias, normalized, source.shape)
     planner = partial(trailing_view, normalized=len(normalized))

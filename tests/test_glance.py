@@ -99,15 +99,46 @@ def ordinary(norm, rng):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_ordinary_forward_calls_are_seen_at_a_glance(norm, rng, monkeypatch):
-    """They take no other way to their plan; views, which do, give the same bits."""
+    """They take no other way to their plan, nor do views without a buffer to overlap; all give the same bits."""
     forward, given, options = ordinary(norm, rng)
-    expected = forward(**{name: array[:] for name, array in given.items()}, **options)[0].copy()
+    views = {name: array[:] for name, array in given.items()}
+    expected = forward(**views, **options)[0].copy()
     monkeypatch.setattr(_call, "_call", None)
-    for y in (forward(**given, **options)[0], forward(**given | {"out": None}, **options)[0]):
-        oracle.assert_same_bits(y, expected)
+    new = {"out": None}
+    for arguments in (given, given | new, views | new, given | new | {"x": read_only(given["x"][:])}):
+        oracle.assert_same_bits(forward(**arguments, **options)[0], expected)
     forward(given["x"], **options)
     with pytest.raises(TypeError, match="not callable"):
         forward(**given | {"x": given["x"][:]}, **options)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_views_of_every_kind(norm, rng):
+    """With gaps, an odd address, a step back, one value for all: like a copy."""
+    forward, given, options = ordinary(norm, rng)
+    x = given.pop("x")
+    del given["out"]
+    bytes_, wide = np.zeros(x.nbytes + 1, np.uint8), np.zeros((3, 4, 8), np.float32)
+    odd, gaps = bytes_[1:].view(np.float32).reshape(x.shape), wide[:, :, ::2]
+    odd[...], gaps[...] = x, x
+    for view in (odd, gaps, x[::-1], x[:, :, ::-1], np.broadcast_to(x[:1], x.shape), x.T):
+        oracle.assert_within(
+            forward(view, **given, **options)[0], forward(view.copy(), **given, **options)[0], 1e-6
+        )
+
+
+def test_running_statistics_in_a_view(rng):
+    """That lie within the memory of x or of a parameter, of which the call has views, are refused."""
+    memory = rng.standard_normal((10, 5), np.float32)
+    x, weight, apart = memory[:8], memory[8], np.zeros(5, np.float32)
+    for pair, message in (
+        ((memory[0], apart), "running_mean shares memory with x"),
+        ((apart, memory[8]), "running_var shares memory with weight"),
+    ):
+        before = memory.copy()
+        with pytest.raises(ValueError, match=message):
+            nbnorm.batch_norm_forward(x, weight, None, *pair)
+        np.testing.assert_array_equal(memory, before)
 
 
 @pytest.mark.parametrize("norm", NORMS)
