@@ -1,4 +1,4 @@
-"""What surely passes all checks, seen at a glance: NumPy's own arrays, results each the owner of their memory.
+"""What surely passes all checks, seen at a glance: NumPy's own arrays, each the owner of its memory where it matters.
 
 Most arguments are such, and small calls notice the rest (benchmarks/small_call.py); what is not is left to `_checks`.
 """
@@ -23,12 +23,12 @@ def fitting(value: Any, like: Any) -> bool:
 
 
 def fitting_inputs(x: Any, weight: Any, bias: Any, out: Any, parameters: tuple[int, ...]) -> bool | None:
-    """Whether arrays of a forward call that surely pass all checks all own their memory; None for others.
+    """Return None where arrays of a forward call are left to `_checks`; else whether all surely own their memory.
 
-    ``parameters`` is the shape of weight and bias. Whether x is dense in memory remains to be seen. With ``out``, which
-    must be apart, all own their memory.
+    ``x`` is an array that has been checked, ``parameters`` the shape of weight and bias. Whether x is dense in memory
+    remains to be seen. A buffer is seen to be apart only where all own their memory.
     """
-    if type(x) is not np.ndarray or x.dtype not in PARAMETERS or not x.flags.aligned:
+    if type(x) is not np.ndarray or x.dtype not in PARAMETERS:
         return None
     owned = x.base is None
     for parameter in (weight, bias):

@@ -121,10 +121,11 @@ def test_views_of_every_kind(norm, rng):
     bytes_, wide = np.zeros(x.nbytes + 1, np.uint8), np.zeros((3, 4, 8), np.float32)
     odd, gaps = bytes_[1:].view(np.float32).reshape(x.shape), wide[:, :, ::2]
     odd[...], gaps[...] = x, x
-    for view in (odd, gaps, x[::-1], x[:, :, ::-1], np.broadcast_to(x[:1], x.shape), x.T):
-        oracle.assert_within(
-            forward(view, **given, **options)[0], forward(view.copy(), **given, **options)[0], 1e-6
-        )
+    for view in (odd, gaps, x[::-1], x[:, :, ::-1], np.broadcast_to(x[:1], x.shape), x.swapaxes(1, 2)):
+        found, expected = (forward(source, **given, **options)[0] for source in (view, view.copy()))
+        oracle.assert_within(found, expected, 1e-6)
+        if view is odd or view is gaps:  # others are walked in another order
+            oracle.assert_same_bits(found, expected)
 
 
 def test_running_statistics_in_a_view(rng):

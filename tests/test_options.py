@@ -230,6 +230,25 @@ def test_fused_relu_has_the_bits_of_its_parts(place, rng, device):
     np.testing.assert_array_equal(found[3], dz)
 
 
+@pytest.mark.parametrize(("dtype", "with_residual"), [(np.float32, False), (np.float64, True)])
+def test_sums_below_relu_have_the_bits_of_sums_of_dz(dtype, with_residual, rng):
+    """Of planes and columns of many lengths: loops that compute dz on the way add in the order of those that do not."""
+    shapes = [(3, 2, 1030), (1, 3, 5000), (5, 3, 196), (9, 2, 81), (6, 4, 17), (700, 5), (900, 64), (40, 300)]
+    for shape in shapes:
+        x, dy, residual = rng.standard_normal((3, *shape)).astype(dtype)
+        weight, bias = rng.standard_normal((2, shape[1])).astype(dtype)
+        residual = residual if with_residual else None
+        plain, plain_saved = nbnorm.batch_norm_forward(x, weight, bias)
+        fused, saved = nbnorm.batch_norm_forward(x, weight, bias, residual=residual, activation="relu")
+        z = plain + residual if with_residual else plain
+        np.testing.assert_array_equal(fused, np.maximum(z, 0))
+        wanted = nbnorm.batch_norm_backward(np.where(z > 0, dy, dtype(0)), plain_saved)
+        for name, a, b in zip(
+            ("dx", "dweight", "dbias"), nbnorm.batch_norm_backward(dy, saved), wanted, strict=False
+        ):
+            oracle.assert_same_bits(a, b, f"{name} of {shape}")
+
+
 def test_need_and_out_with_a_residual(rng):
     """Fewer gradients, given buffers; y into the residual without an activation, but not below one."""
     place = PLACES[0]

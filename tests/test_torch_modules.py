@@ -5,6 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import nbnorm.torch  # noqa: E402
+from nbnorm import _call, _gradients  # noqa: E402
 from torch_cases import (  # noqa: E402
     NORMS,
     VARIANTS,
@@ -185,6 +186,45 @@ def test_layout_of_results(dtype):
         assert y.stride() == torch.empty_like(x).stride(), x.stride()
         assert not y._is_view()
         assert_close(y, theirs(x.double()).to(dtype), "y", roundings=2)
+
+
+def test_another_default_device():
+    """New tensors are where x is, whatever device is the default."""
+    module, x = nbnorm.torch.BatchNorm2d(8), torch.randn(4, 8, 1, 1).to(torch.bfloat16)
+    x = x.to(memory_format=torch.channels_last)
+    with torch.device("meta"):
+        y = module(x)
+    assert computed_by_nbnorm(y)
+    assert y.is_cpu
+
+
+@pytest.mark.parametrize("momentum", [-0.5, 1.5])
+def test_odd_momentum(momentum):
+    """A weight of the batch that only PyTorch knows what to do with."""
+    theirs, ours = torch.nn.BatchNorm1d(8, momentum=momentum), nbnorm.torch.BatchNorm1d(8, momentum=momentum)
+    x = torch.randn(16, 8)
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=str)
+def test_calls_are_seen_at_a_glance(norm, monkeypatch):
+    """Tensors are views of memory, which takes no call the long way, forward or backward."""
+    _, ours = norm.pair(torch.float32)
+    answers = []
+
+    def asked(*given):
+        answers.append(glance(*given))
+        return answers[-1]
+
+    glance = _gradients._at_a_glance
+    monkeypatch.setattr(_call, "_call", None)
+    monkeypatch.setattr(_gradients, "_at_a_glance", asked)
+    x = norm.tensor(torch.float32).requires_grad_()
+    y = ours(x)
+    assert computed_by_nbnorm(y)
+    y.backward(torch.ones_like(y))
+    assert answers == [True]
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # PyTorch's, of its own RMSNorm

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nbnorm import _call, _checks, functional, group_norms, layer_norms, running
+from nbnorm import _call, functional, group_norms, layer_norms, running
 from nbnorm.moments import Moments
-from nbnorm.running import Rule
 from nbnorm.saved import Saved
 from nbnorm.torch._bridge import array, optional, result, tensor, with_torch_threads
 
@@ -41,7 +40,7 @@ class Inputs(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What normalized x, in float64; ``mean`` is missing for RMS norm, ``m2`` but for batch norm's training."""
+    """What normalized x, in float64; ``mean`` is missing for RMS norm, ``m2`` but behind batch norm's forward pass."""
 
     mean: MaybeTensor
     rstd: Tensor
@@ -90,8 +89,8 @@ def forward(
             x, weight, bias, *given, training=constants is None, eps=eps, activation=spec.activation or None,
             residual=residual,
         )  # fmt: skip
-        if tracked is not None:
-            _blend(tracked, saved)
+        if tracked is not None and saved.moments is not None:
+            _blend(tracked, saved.moments)
     mean, m2 = (None if values is None else tensor(values) for values in (saved.mean, saved.m2))
     return result(y, inputs.x), Statistics(mean, tensor(saved.rstd), m2)
 
@@ -106,13 +105,11 @@ def update_running(tracked: Running, count: float, mean: Tensor, m2: Tensor) -> 
     _blend(tracked, Moments(count, array(mean), array(m2)))
 
 
-def _blend(tracked: Running, batch: Moments | Saved) -> None:
+def _blend(tracked: Running, moments: Moments) -> None:
     """Update running statistics of any type; autograd is told that they changed."""
     buffers = tracked[:2]
     wide = [b if b.dtype in (torch.float32, torch.float64) else b.float() for b in buffers]
-    assert batch.mean is not None
-    pair = running.checked_pair(array(wide[0]), array(wide[1]), "x", batch.mean, batch.mean.size)
-    running.update(pair, batch, Rule(_checks.momentum(tracked.momentum), 1, "propagate"))
+    running.update_running_stats(array(wide[0]), array(wide[1]), moments, tracked.momentum)
     for buffer, updated in zip(buffers, wide, strict=True):
         if buffer is updated:
             torch.autograd.graph.increment_version(buffer)
@@ -163,9 +160,8 @@ def _record(inputs: Inputs, statistics: Statistics, spec: Spec, constant: bool) 
         call, _ = _call.trailing_call(spec.norm, x, _axes(spec), *common, None)
     else:
         call, _ = _call.group_call(spec.norm, x, spec.size or None, *common, 1, None)
-    mean, rstd, m2 = map(optional, statistics)
-    assert rstd is not None
-    return _call.save(call, spec.norm, mean, rstd, np.float64(call.view.values), m2, constant)
+    mean, rstd = optional(statistics.mean), array(statistics.rstd)
+    return _call.save(call, spec.norm, mean, rstd, np.float64(call.view.values), None, constant)
 
 
 def statistics_shape(shape: torch.Size, spec: Spec) -> tuple[int, ...]:

@@ -73,7 +73,7 @@ def batch_norm(
     if running_mean is None or running_var is None:
         if training and running_mean is running_var and _runs_here(inputs, spec):
             return _normalize(inputs, spec)
-    elif _runs_here(inputs, spec, running_mean, running_var):
+    elif 0.0 <= momentum <= 1.0 and _runs_here(inputs, spec, running_mean, running_var):
         if training:
             tracked = Running(running_mean, running_var, momentum) if momentum else None
             return _normalize(inputs, spec, None, tracked)
