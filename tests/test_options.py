@@ -5,9 +5,11 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from llvmlite import binding
 
 import nbnorm
 import oracle
+import processes
 import reference
 from cases import arrange
 
@@ -247,6 +249,35 @@ def test_sums_below_relu_have_the_bits_of_sums_of_dz(dtype, with_residual, rng):
             ("dx", "dweight", "dbias"), nbnorm.batch_norm_backward(dy, saved), wanted, strict=False
         ):
             oracle.assert_same_bits(a, b, f"{name} of {shape}")
+
+
+FEW_REGISTERS = """
+import numpy as np
+import nbnorm
+rng = np.random.default_rng(0)
+weight, bias = rng.standard_normal((2, 3)).astype(np.float32)
+for shape in [(2, 3, 1030), (5, 3, 196), (8, 3, 81)]:
+    x, dy = rng.standard_normal((2, *shape)).astype(np.float32)
+    plain, plain_saved = nbnorm.batch_norm_forward(x, weight, bias)
+    saved = nbnorm.batch_norm_forward(x, weight, bias, activation="relu")[1]
+    found = nbnorm.batch_norm_backward(dy, saved)
+    wanted = nbnorm.batch_norm_backward(np.where(plain > 0, dy, np.float32(0)), plain_saved)
+    assert all(map(np.array_equal, found, wanted)), shape
+print(nbnorm.info()["cpu_target"])
+"""
+
+
+@pytest.mark.skipif(
+    not binding.get_host_cpu_features().get("avx2"), reason="runs code for a processor with AVX2"
+)
+def test_sums_below_relu_with_sixteen_registers(tmp_path):
+    """Where a loop that computes dz has no registers left for as many vectors as one that need not."""
+    environment = {
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": "+avx2,+fma",
+        "NUMBA_CACHE_DIR": tmp_path,
+    }
+    assert processes.run(FEW_REGISTERS, **environment)[0]
 
 
 def test_need_and_out_with_a_residual(rng):

@@ -12,7 +12,15 @@ import numpy as np
 
 from nbnorm._activation import activation_gradient
 from nbnorm._cpu.halves import widen
-from nbnorm._cpu.launch import called, helper, inlined, narrow_reduction, reduction
+from nbnorm._cpu.launch import (
+    called,
+    four_vector_reduction,
+    helper,
+    inlined,
+    narrow_reduction,
+    reduction,
+    two_vector_reduction,
+)
 from nbnorm._cpu.memory import part, row
 from nbnorm._math import (
     accumulate,
@@ -180,9 +188,6 @@ def central_sums(x, weights, mean):
     return total, squares
 
 
-# Sums of dz below an activation have the bits of those of a dz from outside as long as LLVM takes as many vectors side
-# by side for both, which tests/test_options.py watches. In trials it did for relu on seven processors' instruction
-# sets, those with 16 and with 32 vector registers.
 def _grad_sums(x, dy, weight, mean_hi, rstd, scale=None, shift=None, activation=None, residual=None):
     """Sums of g = dz * weight, or dz, and of g * x_hat over one piece; x_hat relative to the rounded mean."""
     sum_g = rounded(0.0, x)
@@ -197,12 +202,14 @@ def _grad_sums(x, dy, weight, mean_hi, rstd, scale=None, shift=None, activation=
     return sum_g, sum_g_x_hat
 
 
-piece_grad_sums = reduction(_grad_sums)
+# As many vectors as LLVM takes by itself where it has 32 registers for them: with 16, it took fewer where dz is
+# computed than where it is given, so that sums had other bits (tests/test_options.py).
+piece_grad_sums = four_vector_reduction(_grad_sums)
 # The same over a short row.
 short_grad_sums = narrow_reduction(_grad_sums)
 
 
-@reduction
+@two_vector_reduction
 def grad_sums_of_four(
     xa, xb, xc, xd, dya, dyb, dyc, dyd, mean_hi, rstd,
     scale=None, shift=None, activation=None, ra=None, rb=None, rc=None, rd=None,
