@@ -22,7 +22,7 @@ SMALLEST: dict[str, float] = {
     "layer_norm": NEW_MEMORY,
     "group_norm": NEW_MEMORY,
 }
-"""Least number of elements for nbnorm, channels first."""
+"""Least number of elements for nbnorm, channels first; those of instance and RMS norm by Zen 5."""
 
 SMALLEST_IN_COLUMNS: dict[str, float] = {
     **SMALLEST,
