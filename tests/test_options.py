@@ -254,6 +254,7 @@ def test_sums_below_relu_have_the_bits_of_sums_of_dz(dtype, with_residual, rng):
 FEW_REGISTERS = """
 import numpy as np
 import nbnorm
+from nbnorm._cpu import planes
 rng = np.random.default_rng(0)
 weight, bias = rng.standard_normal((2, 3)).astype(np.float32)
 for shape in [(2, 3, 1030), (5, 3, 196), (8, 3, 81)]:
@@ -263,7 +264,8 @@ for shape in [(2, 3, 1030), (5, 3, 196), (8, 3, 81)]:
     found = nbnorm.batch_norm_backward(dy, saved)
     wanted = nbnorm.batch_norm_backward(np.where(plain > 0, dy, np.float32(0)), plain_saved)
     assert all(map(np.array_equal, found, wanted)), shape
-print(nbnorm.info()["cpu_target"])
+code = "".join(planes.backward_kernel.serial.inspect_asm().values())
+print("ymm" in code, "zmm" in code)
 """
 
 
@@ -277,7 +279,9 @@ def test_sums_below_relu_with_sixteen_registers(tmp_path):
         "NUMBA_CPU_FEATURES": "+avx2,+fma",
         "NUMBA_CACHE_DIR": tmp_path,
     }
-    assert processes.run(FEW_REGISTERS, **environment)[0]
+    assert processes.run(FEW_REGISTERS, **environment)[0] == "True False", (
+        "code for AVX2, and none for AVX-512"
+    )
 
 
 def test_need_and_out_with_a_residual(rng):

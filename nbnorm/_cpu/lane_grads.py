@@ -11,7 +11,7 @@ from nbnorm._cpu.lanes import TILE_ROWS, fill, odd, row_weight, summed
 from nbnorm._cpu.launch import contracted, helper, loop
 from nbnorm._cpu.memory import part, row
 from nbnorm._cpu.tiles import add_rows, below_activation
-from nbnorm._math import rounded, settled, standardize
+from nbnorm._math import settled, standardize
 
 
 @contracted
@@ -94,9 +94,9 @@ def fill_counted(x, dy, residual, mean_hi, scale, shift, activation, masked, x_r
     for i in range(x.shape[0]):
         value, d = widen(x[i]), widen(dy[i])
         absent = masked and d == 0
-        d = below_activation(d, value, residual, i, mean_hi[i], scale[i], shift[i], activation)
-        x_room[i] = mean_hi[i] if absent else value
-        dz_room[i] = rounded(0.0, x) if absent else d
+        m = mean_hi[i]
+        x_room[i] = m if absent else value
+        dz_room[i] = below_activation(d, value, residual, i, m, scale[i], shift[i], activation, absent)
 
 
 @helper

@@ -11,7 +11,7 @@ from nbnorm._activation import activate
 from nbnorm._cpu.halves import narrow, widen
 from nbnorm._cpu.launch import called, helper, inlined, reduction
 from nbnorm._cpu.tiles import before_activation, below_activation
-from nbnorm._math import input_gradient, rounded, standardize
+from nbnorm._math import input_gradient, standardize
 
 # Rows summed in the array's own type before float64 takes over.
 TILE_ROWS = 128
@@ -73,10 +73,8 @@ def input_grad_row(
     """
     for i in range(x.shape[0]):
         value, d = widen(x[i]), widen(dy[i])
-        if activation is not None:
-            absent = w is not None and slope is None and d == 0
-            dz = below_activation(d, value, residual, i, mean_hi[i], scale[i], shift[i], activation)
-            d = rounded(0.0, x) if absent else dz
+        absent = w is not None and slope is None and d == 0
+        d = below_activation(d, value, residual, i, mean_hi[i], scale[i], shift[i], activation, absent)
         if dresidual is not None:
             dresidual[i] = narrow(d, dresidual)
         if slope is None:

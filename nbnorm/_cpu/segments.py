@@ -87,9 +87,8 @@ def counted(x, dy, residual, weights, mean_hi, scale, shift, activation, room, a
     for i in range(n):
         value, d = widen(x[i]), widen(dy[i])
         absent = weights[i] == 0 and d == 0
-        d = below_activation(d, value, residual, i, mean_hi, scale, shift, activation)
         x_room[i] = mean_hi if absent else value
-        dz_room[i] = rounded(0.0, x) if absent else d
+        dz_room[i] = below_activation(d, value, residual, i, mean_hi, scale, shift, activation, absent)
     return x_room, dz_room
 
 
@@ -103,9 +102,7 @@ def input_grad_segment(
         absent = False
         if weights is not None:
             absent = weights[i] == 0 and d == 0
-        if activation is not None:
-            dz = below_activation(d, value, residual, i, mean_hi, scale, shift, activation)
-            d = rounded(0.0, x) if absent else dz
+        d = below_activation(d, value, residual, i, mean_hi, scale, shift, activation, absent)
         if dresidual is not None:
             dresidual[i] = narrow(d, dresidual)
         if slope is None:

@@ -168,7 +168,7 @@ def segment_sums(cut, x, dy, residual, weights, slot, j, r, start, n, rstd, coef
 def four_segments_sums(
     cut, x, dy, residual, weights, slot, j, r, start, n, rstd, coefficients, activation, room
 ):
-    """The same of that row and the next three."""
+    """`grad_sums_of_four`, likewise, of that row and the next three."""
     i, stride = (r * cut.group + slot) * cut.inner + start, cut.group * cut.inner
     k, m, o = i + stride, i + 2 * stride, i + 3 * stride
     xa, xb, xc, xd = row(x, i, n), row(x, k, n), row(x, m, n), row(x, o, n)

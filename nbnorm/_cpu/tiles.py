@@ -362,11 +362,15 @@ def before_activation(value, residual, i, mean_hi, scale, shift):
 
 
 @helper
-def below_activation(dy, value, residual, i, mean_hi, scale, shift, activation):
-    """Dz of one element: dy, or what an activation makes of it."""
+def below_activation(dy, value, residual, i, mean_hi, scale, shift, activation, absent=False):
+    """Dz of one element: dy, or what an activation makes of it.
+
+    One that is ``absent``, of no weight and with a dy of 0, may be NaN: its dz is 0, too.
+    """
     if activation is None:
         return dy
-    return activation_gradient(dy, before_activation(value, residual, i, mean_hi, scale, shift), activation)
+    dz = activation_gradient(dy, before_activation(value, residual, i, mean_hi, scale, shift), activation)
+    return type(dz)(0) if absent else dz
 
 
 @helper
