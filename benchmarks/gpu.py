@@ -43,6 +43,7 @@ CASES = [
     ("rms", (131072, 128), "bfloat16"),
     ("group", (32, 256, 64, 64), "float32"),
     ("instance", (32, 64, 256, 256), "float32"),
+    ("batch", (32, 64, 56, 56), "float32"),
     ("batch", (32, 64, 112, 112), "float32"),
     ("batch", (128, 256, 56, 56), "float32"),
     ("batch", (32, 2048, 7, 7), "float32"),
@@ -97,6 +98,30 @@ def check_odd_addresses(cp: Any) -> None:
         assert bool(cp.isnan(block[offset + values.size :]).all())
 
 
+def check_teams(cp: Any) -> None:
+    """Slots of one block, of two, four and eight, and such as no team holds, give what they give on the CPU."""
+    rng = np.random.default_rng(1)
+    for values in (32_768, 33_001, 65_536, 65_540, 131_072, 131_080, 262_144, 262_148):
+        x, dy, residual = (rng.standard_normal((2, 3, values)).astype(np.float32) for _ in range(3))
+        weight, bias = rng.uniform(0.5, 2, (2, values)).astype(np.float32)
+        calls: dict[str, Callable[..., Any]] = {
+            "layer": lambda a: nbnorm.layer_norm_forward(a[0], a[3], a[4]),
+            "instance": lambda a: nbnorm.instance_norm_forward(a[0], residual=a[2], activation="silu"),
+        }
+        for norm, forward in calls.items():
+            backward = getattr(nbnorm, f"{norm}_norm_backward")
+            results = []
+            for library in (np, cp):
+                arrays = [library.asarray(a) for a in (x, dy, residual, weight, bias)]
+                y, saved = forward(arrays)
+                results.append([y, *backward(arrays[1], saved)])
+            for expected, found in zip(*results, strict=True):
+                if expected is not None:
+                    np.testing.assert_allclose(
+                        cp.asnumpy(found), expected, rtol=1e-4, atol=1e-4, err_msg=norm
+                    )
+
+
 def check_large(cp: Any) -> None:
     """More than 2**31 elements: the last slots are as right as the first."""
     x = cp.random.standard_normal((2, 8192, 131100), dtype=np.float32).astype(np.float16)
@@ -146,7 +171,7 @@ def check_graph(cp: Any) -> None:
 def correctness(cp: Any, skip_large: bool) -> dict[str, str]:
     """Run every check; return what each said."""
     said = {"tests": "passed" if run_tests() else "FAILED"}
-    checks = [check_odd_addresses, check_determinism, check_graph]
+    checks = [check_odd_addresses, check_teams, check_determinism, check_graph]
     for check in checks if skip_large else [*checks, check_large]:
         try:
             check(cp)

@@ -96,14 +96,16 @@ ROWS = [
     Case("layer", (4, 7), "rows of odd length: single elements"),
     Case("layer", (9, 40), "rows of two steps, several rows of a band"),
     Case("layer", (3, 200), "rows of two warps"),
-    Case("layer", (2, 300), "rows too long to hold: one kernel per pass"),
-    Case("layer", (2, 301), "long rows of odd length"),
+    Case("layer", (3, 300), "rows of two blocks"),
+    Case("layer", (2, 600), "rows too long to hold: one kernel per pass"),
+    Case("layer", (2, 601), "long rows of odd length"),
     Case("layer", (6, 24), "half", dtype="f2"),
     Case("layer", (6, 24), "bfloat16, float32 parameters", dtype="bf2", parameters="f4"),
     Case("layer", (6, 22), "double", dtype="f8"),
     Case("layer", (4, 16), "no parameters", parameters=None),
     Case("rms", (5, 24), "uncentered rows"),
-    Case("rms", (2, 301), "uncentered long rows"),
+    Case("rms", (2, 301), "uncentered rows of two blocks, odd length"),
+    Case("rms", (2, 601), "uncentered long rows"),
     Case("rms", (4, 24), "uncentered half rows", dtype="f2", parameters="f4"),
     Case("layer", (3, 1), "rows of one value"),
     Case("group", (4, 6), "rows whose parameters repeat every second row", groups=2),
@@ -113,8 +115,18 @@ PLANES = [
     Case("batch", (1, 3, 100), "a channel in a block"),
     Case("batch", (3, 2, 68), "a channel of three segments in a block"),
     Case("batch", (3, 2, 67), "segments of odd length"),
-    Case("batch", (5, 2, 68), "channels too large to hold, relu", activation="relu"),
-    Case("batch", (5, 2, 67), "large, odd, silu and residual", activation="silu", residual=True),
+    Case("batch", (5, 2, 68), "channels of two blocks, relu", activation="relu"),
+    Case(
+        "batch",
+        (7, 2, 5, 8),
+        "masked channels of two blocks, silu, residual",
+        mask=True,
+        activation="silu",
+        residual=True,
+    ),
+    Case("batch", (2, 2, 140), "double in two blocks", dtype="f8"),
+    Case("batch", (8, 2, 68), "channels too large to hold, relu", activation="relu"),
+    Case("batch", (8, 2, 67), "large, odd, silu and residual", activation="silu", residual=True),
     Case("batch", (1, 2, 1000), "several chunks of a channel"),
     Case(
         "batch",
@@ -125,7 +137,7 @@ PLANES = [
         residual=True,
     ),
     Case(
-        "batch", (5, 2, 72), "large bfloat16, relu, residual", dtype="bf2", activation="relu", residual=True
+        "batch", (8, 2, 72), "large bfloat16, relu, residual", dtype="bf2", activation="relu", residual=True
     ),
     Case("batch", (2, 2, 70), "double, silu", dtype="f8", activation="silu"),
     Case("batch", (2, 3, 4, 5), "masked channels in a block", mask=True),
@@ -141,11 +153,14 @@ PLANES = [
     Case("batch", (2, 2, 68), "residual alone", residual=True),
     Case("instance", (2, 3, 5, 8), "planes in a warp"),
     Case("instance", (2, 3, 1, 1), "planes of one value, relu", activation="relu"),
-    Case("instance", (3, 2, 23, 13), "large planes, odd, relu", activation="relu"),
+    Case("instance", (3, 2, 23, 13), "planes of two blocks, odd, relu", activation="relu"),
+    Case("instance", (2, 2, 23, 23), "large planes, odd, relu", activation="relu"),
     Case("instance", (2, 2, 4, 4), "masked planes", mask=True),
     Case("group", (2, 6, 3, 4), "two runs of a group", groups=3),
     Case("group", (2, 6, 3, 3), "odd runs, silu, residual", groups=3, activation="silu", residual=True),
-    Case("group", (2, 4, 12, 12), "large groups, masked, relu", groups=2, mask=True, activation="relu"),
+    Case("group", (1, 4, 10, 16), "groups of two blocks", groups=2),
+    Case("group", (1, 4, 8, 12), "groups of one block, backward of two, relu", groups=2, activation="relu"),
+    Case("group", (2, 4, 12, 24), "large groups, masked, relu", groups=2, mask=True, activation="relu"),
     Case("group", (2, 4, 4, 8), "half groups", groups=1, dtype="f2"),
 ]
 COLUMNS = [
@@ -314,7 +329,7 @@ def plain(shape, values, channel_axis=1):
     return host(y), host(mean), host(m2) / view.values, view
 
 
-SHAPES = [(1, 2, 50), (5, 2, 68), (1, 2, 1000), (40, 2), (5, 2, 2, 2)]
+SHAPES = [(1, 2, 50), (5, 2, 68), (8, 2, 68), (1, 2, 1000), (40, 2), (5, 2, 2, 2)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -426,10 +441,10 @@ def test_cases_cover_every_route():
         kind = memory.kind_of(x.dtype)
         width = launch.vector_width(kind, view.run if view.run > 1 else view.inner, True)
         lines = launch.held_lines(view, width, 1)
-        how = "streamed" if lines is None else f"{lines.warps} warps"
+        how = "streamed" if lines is None else f"{lines.blocks} x {lines.warps} warps"
         routes.add((launch.parameter_rule(view), how, width > 1))
     rules = (launch.SLOT, launch.RUN, launch.ELEMENT)
-    expected = {(rule, how, True) for rule in rules for how in ("1 warps", "2 warps", "streamed")}
-    expected -= {(launch.RUN, "1 warps", True)}
+    teams = ("1 x 1 warps", "1 x 2 warps", "2 x 2 warps", "streamed")
+    expected = {(rule, how, True) for rule in rules for how in teams} - {(launch.RUN, "1 x 1 warps", True)}
     assert expected <= routes
     assert {("columns", True), ("columns", False)} <= routes

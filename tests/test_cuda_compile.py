@@ -79,6 +79,7 @@ VECTORS = [
     Kernel("rows forward, a warp", forward, row(FLOAT32, 4, 8, 1), 256, 88),
     Kernel("rows forward, 8 warps", forward, row(FLOAT32, 4, 8, 8), 256, 88),
     Kernel("rows forward, 16 warps, 64 values", forward, row(FLOAT32, 4, 16, 16), 512, 128),
+    Kernel("rows forward, 8 blocks", forward, row(FLOAT32, 4, 16, 16, blocks=8), 512, 128),
     Kernel("rows forward, uncentered", forward, row(FLOAT32, 4, 8, 8, centered=False), 256, 80),
     Kernel("rows forward, half", forward, row(FLOAT16, 8, 4, 8), 256, 88),
     Kernel("rows forward, bfloat16", forward, row(BFLOAT16, 8, 4, 8), 256, 88),
@@ -89,6 +90,8 @@ VECTORS = [
     Kernel("channel forward, masked", forward, channel(FLOAT32, 4, 8, 8, has_mask=True), 256, 144),
     Kernel("rows backward", backward, row(FLOAT32, 4, 4, 8), 256, 144),
     Kernel("channel backward, relu", backward, channel(FLOAT32, 4, 4, 8, **RELU), 256, 112),
+    Kernel("groups backward", backward, channel(FLOAT32, 4, 4, 8, RUN, whole=True), 256, 144),
+    Kernel("channel backward, 4 blocks", backward, channel(FLOAT32, 4, 8, 16, blocks=4, **RELU), 512, 128),
     Kernel("rows parameter sums", rows.parameter_sums_kernel, Build(FLOAT32, 4, 1, 1, ELEMENT), 128, 64),
     Kernel("planes apply, silu", planes.apply_kernel, channel(FLOAT32, 4, 4, 1, **SILU), 256, 72),
     Kernel("planes apply, runs", planes.apply_kernel, channel(FLOAT32, 4, 4, 1, RUN, whole=True), 256, 96),
@@ -126,6 +129,13 @@ SCALAR = [
     Kernel("rows forward, single elements", forward, row(FLOAT32, 1, 32, 8), 256, 128),
     Kernel("columns moments, single elements", columns.moments_kernel, Build(FLOAT32, 1, 1, 1), 256, 96),
 ]
+
+
+def named(*names):
+    """Kernels of `VECTORS` and `READERS`."""
+    found = [kernel for kernel in [*VECTORS, *READERS] if kernel.name in names]
+    assert len(found) == len(names)
+    return found
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -293,7 +303,28 @@ def test_no_double_precision_per_element(name):
     assert many < few + 4, "a few more may come from the compiler's choices, three per vector would be 9"
 
 
-@pytest.mark.parametrize("kernel", [VECTORS[1], VECTORS[4], VECTORS[9], READERS[3]], ids=str)
+def test_clusters():
+    """A team of several blocks is launched as a cluster, whose blocks meet and read each other's memory."""
+    alone, together = (
+        ptx(kernel.compiled()) for kernel in named("rows forward, 8 warps", "rows forward, 8 blocks")
+    )
+    for part in (".explicitcluster", "barrier.cluster.arrive", "mapa.u64"):
+        assert part not in alone
+        assert part in together
+    assert re.search(r"\.reqnctapercluster 8, 1, 1", together)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    named(
+        "rows forward, 8 warps",
+        "rows forward, 8 blocks",
+        "rows forward, half",
+        "rows backward",
+        "columns moments",
+    ),
+    ids=str,
+)
 def test_machine_code(kernel, tmp_path):
     """Linked as numba-cuda links it: 16 bytes per access reach the machine code, and nothing is spilled."""
     linker = pytest.importorskip("cuda.core")
@@ -305,14 +336,20 @@ def test_machine_code(kernel, tmp_path):
     instructions = re.findall(r"\b(LDG|STG|LDL|STL)([.\w]*)", done.stdout)
     names = [name for name, _ in instructions]
     assert not {"LDL", "STL"} & set(names)
+    assert ("EIATTR_CTA_PER_CLUSTER" in done.stdout) == (kernel.build.blocks > 1)
     wide = [name for name, kind in instructions if kind.endswith(".128")]
     assert wide.count("LDG") >= kernel.build.steps
     assert wide.count("STG") >= (kernel.build.steps if kernel in VECTORS else 0)
 
 
-@pytest.mark.parametrize("kernel", [VECTORS[5], VECTORS[9], READERS[3]], ids=str)
-def test_other_architectures(kernel, tmp_path):
-    """Ampere is the oldest that has bfloat16 conversions."""
-    registers, waste = resources(ptx(kernel.compiled(), (8, 0)), tmp_path, "sm_80")
+HALVES_AND_SINGLES = named("rows forward, half", "rows backward", "columns moments")
+OLDER = [((7, 5), kernel) for kernel in HALVES_AND_SINGLES]
+OLDER += [((8, 0), kernel) for kernel in [*HALVES_AND_SINGLES, *named("rows forward, bfloat16")]]
+
+
+@pytest.mark.parametrize(("cc", "kernel"), OLDER, ids=str)
+def test_other_architectures(cc, kernel, tmp_path):
+    """Turing, and Ampere, the oldest that has bfloat16 conversions; neither has clusters."""
+    registers, waste = resources(ptx(kernel.compiled(), cc), tmp_path, f"sm_{cc[0]}{cc[1]}")
     assert waste == 0
     assert registers * kernel.threads <= REGISTERS_OF_A_MULTIPROCESSOR

@@ -33,7 +33,7 @@ from nbnorm._cuda.launch import (
     streamed_lines,
 )
 from nbnorm._cuda.memory import BLOCK, FLOAT64, kind_of, real
-from nbnorm._cuda.pieces import ELEMENT, SLOT, Build
+from nbnorm._cuda.pieces import ELEMENT, RUN, SLOT, Build
 from nbnorm._options import Epilogue, Mask
 from nbnorm._view import View
 
@@ -245,26 +245,32 @@ def _held_backward(
     view: View, x: Array, dy: Array, dx: Array, dresidual: Array | None, mean: Array | None, rstd: Array,
     epilogue: Epilogue, count: float, mask: Mask | None, with_parameters: bool,
 ) -> Sums | None:  # fmt: skip
-    """Backward of slots that fit into registers, None where they do not or where runs share parameters."""
+    """Backward of slots that fit into registers; None where they do not, or where runs end within a warp's vectors."""
     rule = parameter_rule(view)
-    across = with_parameters and rule == ELEMENT
+    across, by_run = (with_parameters and rule == r for r in (ELEMENT, RUN))
     lines = held_lines(view, width_for(view, [x, dy, dx, dresidual], epilogue, mask), 2)
-    if lines is None or (rule not in (SLOT, ELEMENT)):
+    if lines is None or (by_run and view.run % (WARP * lines.width)):
         return None
     build = line_build(view, x, lines, epilogue, mask, mean is not None)
-    bands = row_bands(view, lines.warps)
+    bands = row_bands(view, lines.blocks * lines.warps)
     if not across:
         bands = type(bands)(1, view.slots // view.period)
-    size = view.slots if with_parameters and not across else 0
+    size = view.slots if with_parameters and rule == SLOT else 0
     sums = empty(size, np.float64, x), empty(size, np.float64, x)
-    parts = empty(2 * bands.bands * view.period * view.inner if across else 0, real(build.kind), x)
-    blocks, threads = teams_of(bands.bands * view.period, lines.warps)
+    parts = empty(0, np.float64, x)
+    if across:
+        parts = empty(2 * bands.bands * view.period * view.inner, real(build.kind), x)
+    elif by_run:
+        parts = empty(2 * view.size // (WARP * lines.width), np.float64, x)
+    blocks, threads = teams_of(bands.bands * view.period, lines)
     start(
         rows.backward_kernel(build, with_parameters, dresidual is not None), blocks, threads, x, x, dy, dx, dresidual,
         epilogue.weight, epilogue.bias, epilogue.residual, weights_of(mask), mean, rstd, *sums, parts,
         *_counts(count, mask), bands.bands, bands.band, view.slots, lines.values,
-        lines.length, lines.pitch, lines.jump, lines.turn, view.period, view.run, positions_of(view),
+        lines.length, lines.pitch, lines.jump, lines.turn, view.period, view.width, view.run, positions_of(view),
     )  # fmt: skip
     if across:
         return _fold_bands(view, parts, bands.bands)
+    if by_run:
+        sums = _finish_sums(parts, view.slots * view.width, view.run // (WARP * lines.width))
     return (_by_parameter(view, sums[0]), _by_parameter(view, sums[1])) if with_parameters else sums

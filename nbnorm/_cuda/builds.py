@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from nbnorm._cuda.arrays import is_aligned
-from nbnorm._cuda.collective import WARP
+from nbnorm._cuda.collective import grid_of
 from nbnorm._cuda.launch import Lines, blocks_of, parameter_rule, vector_width
 from nbnorm._cuda.memory import BLOCK, kind_of
 from nbnorm._cuda.pieces import ABSENT, ELEMENT, SLOT, Build
@@ -37,9 +37,9 @@ def positions_of(view: View) -> int:
     return view.outer * view.run
 
 
-def teams_of(teams: int, warps: int) -> tuple[int, int]:
-    """Blocks and threads for so many teams: one of several warps to a block, or as many of one warp as it has."""
-    return (teams, warps * WARP) if warps > 1 else (blocks_of(teams), BLOCK)
+def teams_of(teams: int, lines: Lines) -> tuple[int, int]:
+    """Blocks and threads for so many teams: whole blocks to a team of several warps, teams of one warp share one."""
+    return grid_of(teams, lines.warps, lines.blocks) if lines.warps > 1 else (blocks_of(teams), BLOCK)
 
 
 def what_dz_needs(epilogue: Epilogue, element: bool) -> Epilogue:
@@ -80,7 +80,7 @@ def line_build(
     return Build(
         kind_of(x.dtype), lines.width, lines.steps, lines.warps, parameter_rule(view), optional_kind(epilogue.weight),
         optional_kind(epilogue.bias), epilogue.residual is not None, named_activation(epilogue), mask is not None,
-        centered, view.outer == 1,
+        centered, view.outer == 1, lines.blocks,
     )  # fmt: skip
 
 

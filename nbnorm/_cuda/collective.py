@@ -1,9 +1,10 @@
 """Threads that work together: the only file with shuffles and barriers.
 
-A *team* owns a slot: it is one warp, or all warps of a block. Sums run in a fixed order, so that they have the
-same bits in every thread and in every run. Inside a warp they are taken in the type of the values, across warps
-in float64. The simulator has no shuffles: there lanes meet at a barrier of their warp, which is small because
-every lane is a thread of the operating system.
+A *team* owns a slot: it is one warp, all warps of a block, or those of several blocks, which the device runs at the
+same time as a cluster. Sums run in a fixed order, so that they have the same bits in every thread and in every run.
+Inside a warp they are taken in the type of the values, across warps and blocks in float64. The simulator has no
+shuffles: there lanes meet at a barrier of their warp, which is small because every lane is a thread of the operating
+system. It has no clusters either: there one block stands for all blocks of a team.
 """
 
 from __future__ import annotations
@@ -81,7 +82,34 @@ if SIMULATED:
         """Wait for all threads of the block."""
         threading.current_thread().syncthreads()
 
+    def grid_of(teams: int, warps: int, blocks: int) -> tuple[int, int]:
+        """Blocks and threads of each for so many teams of several warps."""
+        return teams, blocks * warps * WARP
+
+    def runs_teams_of_blocks() -> bool:
+        """Whether blocks of the current device can be a team."""
+        return True
+
+    def cluster_of(blocks):
+        """Make ``blocks`` neighbours of a kernel's blocks a team."""
+
+    def first_warp(warps):
+        """Where the warps of the own block begin among those that share its memory."""
+        return cuda.threadIdx.x // WARP // warps * warps
+
+    def cluster_sync():
+        """Wait for all threads of the team, and see what they have written."""
+        sync()
+
+    def from_block(shared, block, warps, i):
+        """Return what another block of the team has in ``shared[i]``, counted from its first warp's room."""
+        return shared[2 * block * warps + i]
+
 else:
+    from llvmlite import ir
+    from numba import types
+    from numba.cuda.extending import intrinsic
+
     _ALL = 0xFFFFFFFF
 
     @device
@@ -114,37 +142,112 @@ else:
         """Wait for all threads of the block."""
         cuda.syncthreads()
 
+    def grid_of(teams: int, warps: int, blocks: int) -> tuple[int, int]:
+        """Blocks and threads of each for so many teams of several warps."""
+        return teams * blocks, warps * WARP
+
+    def runs_teams_of_blocks() -> bool:
+        """Whether eight blocks of the current device can be a team; some that have clusters lack the room."""
+        return cuda.get_current_device().compute_capability[0] in (9, 10)
+
+    @intrinsic
+    def cluster_of(typingctx, blocks):
+        """Make ``blocks`` neighbours of a kernel's blocks a team; to be called by the kernel itself."""
+        if not isinstance(blocks, types.IntegerLiteral):
+            return None
+
+        def generate(context, builder, signature, args):
+            if blocks.literal_value > 1:
+                module, number = builder.module, ir.IntType(32)
+                for axis, size in (("x", blocks.literal_value), ("y", 1), ("z", 1)):
+                    name = ir.MetaDataString(module, f"cluster_dim_{axis}")
+                    fact = module.add_metadata((builder.function, name, number(size)))
+                    module.add_named_metadata("nvvm.annotations", fact)
+            return context.get_dummy_value()
+
+        return types.void(blocks), generate
+
+    @device
+    def first_warp(warps):
+        """Where the warps of the own block begin among those that share its memory."""
+        return 0
+
+    @intrinsic
+    def cluster_sync(typingctx):
+        """Wait for all threads of the team, and see what they have written."""
+
+        def generate(context, builder, signature, args):
+            nothing = ir.FunctionType(ir.VoidType(), [])
+            for half in ("arrive.release", "wait.acquire"):
+                builder.asm(nothing, f"barrier.cluster.{half};", "~{memory}", [], True)
+            return context.get_dummy_value()
+
+        return types.void(), generate
+
+    @intrinsic
+    def from_block(typingctx, shared, block, warps, i):
+        """Return what another block of the team has in ``shared[i]``, counted from its first warp's room."""
+
+        def generate(context, builder, signature, args):
+            own = context.make_array(shared)(context, builder, args[0]).data
+            place = builder.ptrtoint(builder.gep(own, [args[3]]), ir.IntType(64))
+            function = ir.FunctionType(ir.DoubleType(), [ir.IntType(64), ir.IntType(32)])
+            text = "{ .reg .u64 there; mapa.u64 there, $1, $2; ld.f64 $0, [there]; }"
+            rank = builder.trunc(args[1], ir.IntType(32))
+            return builder.asm(function, text, "=d,l,r,~{memory}", [place, rank], True)
+
+        return types.float64(shared, types.int64, warps, types.int64), generate
+
 
 @device
-def team_sums(a, b, shared, warps):
+def team_sums(a, b, shared, warps, blocks):
     """Two sums over a team, float64 in every thread; ``shared`` holds `SHARED` float64 of the block."""
     a = np.float64(warp_sum(a))
     b = np.float64(warp_sum(b))
     if warps > 1:
-        thread = cuda.threadIdx.x
+        thread, first = cuda.threadIdx.x, first_warp(warps)
         sync()  # earlier readers of ``shared`` are done
         if thread % WARP == 0:
             shared[2 * (thread // WARP)] = a
             shared[2 * (thread // WARP) + 1] = b
         sync()
-        a = shared[0]
-        b = shared[1]
-        for w in range(1, warps):
+        a = shared[2 * first]
+        b = shared[2 * first + 1]
+        for w in range(first + 1, first + warps):
             a += shared[2 * w]
             b += shared[2 * w + 1]
+        if blocks > 1:
+            sync()
+            if thread == first * WARP:
+                shared[2 * first] = a
+                shared[2 * first + 1] = b
+            cluster_sync()
+            a, b = from_block(shared, 0, warps, 0), from_block(shared, 0, warps, 1)
+            for other in range(1, blocks):
+                a += from_block(shared, other, warps, 0)
+                b += from_block(shared, other, warps, 1)
+            cluster_sync()  # no block leaves, or writes, before all have read
     return a, b
 
 
 @device
-def team_max(a, shared, warps):
+def team_max(a, shared, warps, blocks):
     """Largest value of a team, in every thread; NaN does not count."""
     a = warp_max(a)
     if warps > 1:
-        thread = cuda.threadIdx.x
+        thread, first = cuda.threadIdx.x, first_warp(warps)
         sync()
         if thread % WARP == 0:
-            shared[thread // WARP] = a
+            shared[2 * (thread // WARP)] = a
         sync()
-        for w in range(warps):
-            a = max(a, type(a)(shared[w]))
+        for w in range(first, first + warps):
+            a = max(a, type(a)(shared[2 * w]))
+        if blocks > 1:
+            sync()
+            if thread == first * WARP:
+                shared[2 * first] = a
+            cluster_sync()
+            for other in range(blocks):
+                a = max(a, type(a)(from_block(shared, other, warps, 0)))
+            cluster_sync()
     return a

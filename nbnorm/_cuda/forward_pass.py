@@ -128,7 +128,7 @@ def held_forward(
 ) -> None:  # fmt: skip
     """Statistics of slots that fit into registers and, where there is room for it, y."""
     build = line_build(view, x, lines, epilogue, mask, mean is not None)
-    blocks, threads = teams_of(view.slots, lines.warps)
+    blocks, threads = teams_of(view.slots, lines)
     start(
         rows.forward_kernel(build, y is not None), blocks, threads, x, x, y, epilogue.weight, epilogue.bias,
         epilogue.residual, weights_of(mask), mean, m2, rstd, float(eps), view.slots, lines.values, lines.length,

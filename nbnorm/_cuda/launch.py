@@ -13,7 +13,7 @@ from typing import Any
 from numba.cuda import config as numba_config
 
 from nbnorm._cuda import arrays
-from nbnorm._cuda.collective import WARP
+from nbnorm._cuda.collective import WARP, runs_teams_of_blocks
 from nbnorm._cuda.columns import TILE_ROWS
 from nbnorm._cuda.memory import BLOCK, SIMULATED, VECTOR_BYTES, itemsize
 from nbnorm._cuda.pieces import ELEMENT, RUN, SLOT
@@ -27,24 +27,31 @@ class Limits:
 
     Attributes
     ----------
-    teams : tuple of (int, int)
-        Warps of a team and the elements that each of its threads may hold, from the smallest team on.
+    teams : tuple of (int, int, int)
+        Blocks of a team, warps of each and the elements that a thread may hold, from the smallest team on.
     held : int
         Elements that a thread of a streaming kernel holds.
     busy : int
         Warps that keep the device busy: first passes are cut into about as many chunks.
     """
 
-    teams: tuple[tuple[int, int], ...]
+    teams: tuple[tuple[int, int, int], ...]
     held: int
     busy: int
 
 
 # Spans from the register counts of gpu.md's trials: 32 floats of x take 48 registers, 64 take 90, none spills; backward
-# holds x, dy and two sums of each element and gets half. `busy`: four warps on each quarter of 132 multiprocessors.
-_DEVICE = Limits(teams=((1, 32), (4, 32), (8, 32), (16, 32), (16, 64)), held=16, busy=2112)
+# holds x, dy and two sums of each element and gets half. Eight blocks are the largest cluster that every device with
+# clusters takes. `busy`: four warps on each quarter of 132 multiprocessors.
+_DEVICE = Limits(
+    teams=(
+        (1, 1, 32), (1, 4, 32), (1, 8, 32), (1, 16, 32), (1, 16, 64), (2, 16, 64), (4, 16, 64), (8, 16, 64),
+    ),
+    held=16,
+    busy=2112,
+)  # fmt: skip
 # In the simulator a thread is one of the operating system: few of them, yet more than one warp and one step.
-_SIMULATOR = Limits(teams=((1, 16), (2, 32)), held=8, busy=4)
+_SIMULATOR = Limits(teams=((1, 1, 16), (1, 2, 32), (2, 2, 32)), held=8, busy=4)
 LIMITS = _SIMULATOR if SIMULATED else _DEVICE
 # Positions of a chunk at most, of the pieces that one warp reads.
 MAX_PIECES = 64
@@ -56,7 +63,7 @@ class Lines:
 
     Attributes
     ----------
-    width, steps, warps : int
+    width, steps, warps, blocks : int
         See `pieces.Build`.
     values, length, pitch : int
         Values of a unit, neighbours of a segment, and elements between the starts of segments.
@@ -69,6 +76,7 @@ class Lines:
     width: int
     steps: int
     warps: int
+    blocks: int
     values: int
     length: int
     pitch: int
@@ -96,25 +104,32 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _lines(view: View, length: int, width: int, steps: int, warps: int, chunk: int) -> Lines:
+def _lines(
+    view: View, length: int, width: int, steps: int, warps: int, blocks: int, chunk: int
+) -> Lines:  # fmt: skip
     values, pitch = view.outer * length, view.group * view.inner
-    rows, turn = divmod(warps * WARP * width, length)
+    rows, turn = divmod(blocks * warps * WARP * width, length)
     chunks = -(-values // chunk)
-    return Lines(width, steps, warps, values, length, pitch, rows * pitch + turn, turn, chunk, chunks)
+    return Lines(width, steps, warps, blocks, values, length, pitch, rows * pitch + turn, turn, chunk, chunks)
 
 
-@lru_cache(maxsize=4096)
 def held_lines(view: View, width: int, arrays_held: int) -> Lines | None:
-    """Return the smallest team that holds a slot in registers, None if there is none.
+    """Return the smallest team of the current device that holds a slot in registers, None if there is none.
 
     ``arrays_held``: 1 for x alone, 2 for x and dy.
     """
+    lines = _held_lines(view, width, arrays_held)
+    return lines if lines is None or lines.blocks == 1 or runs_teams_of_blocks() else None
+
+
+@lru_cache(maxsize=4096)
+def _held_lines(view: View, width: int, arrays_held: int) -> Lines | None:
     values = view.values
-    for warps, span in LIMITS.teams:
+    for blocks, warps, span in LIMITS.teams:
         most = span // arrays_held // width
-        steps = power_of_two(-(-values // (warps * WARP * width)))
+        steps = power_of_two(-(-values // (blocks * warps * WARP * width)))
         if 0 < steps <= most:
-            return _lines(view, view.inner, width, steps, warps, max(values, 1))
+            return _lines(view, view.inner, width, steps, warps, blocks, max(values, 1))
     return None
 
 
@@ -127,7 +142,7 @@ def streamed_lines(view: View, length: int, width: int) -> Lines:
     units = max(1, view.size // max(values, 1))
     wanted = -(-LIMITS.busy // units)
     pieces = max(1, min(MAX_PIECES, -(-values // (piece * wanted))))
-    return _lines(view, length, width, steps, 1, piece * pieces)
+    return _lines(view, length, width, steps, 1, 1, piece * pieces)
 
 
 @dataclass(frozen=True)

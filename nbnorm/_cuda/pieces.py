@@ -30,8 +30,8 @@ class Build(NamedTuple):
         Type of x, dy and the results (see `memory`).
     width : int
         Elements of a vector; 1 is the scalar build, for any address and size.
-    steps, warps : int
-        Vectors that a thread holds, and warps of a team.
+    steps, warps, blocks : int
+        Vectors that a thread holds, warps of a team's block and blocks of a team.
     rule : {SLOT, RUN, ELEMENT}
         Whether a parameter belongs to a slot, to a run of elements or to one.
     weight, bias : int
@@ -56,6 +56,7 @@ class Build(NamedTuple):
     has_mask: bool = False
     centered: bool = True
     whole: bool = False
+    blocks: int = 1
 
     @property
     def span(self) -> int:
@@ -65,7 +66,7 @@ class Build(NamedTuple):
     @property
     def team(self) -> int:
         """Threads of a team."""
-        return self.warps * WARP
+        return self.blocks * self.warps * WARP
 
     @property
     def stride(self) -> int:
@@ -130,9 +131,8 @@ def reader(kind: int, width: int, steps: int, whole: bool, stride: int) -> Any:
 
 
 @lru_cache(maxsize=256)
-def mask_reader(kind: int, width: int, steps: int, warps: int, rule: int) -> Any:
+def mask_reader(kind: int, width: int, steps: int, stride: int, rule: int) -> Any:
     """Return the function that reads the weights of a thread's part of a piece, 0 behind its end."""
-    stride = warps * WARP * width
     number = real(kind)
     weights_kind = kind if number is np.float64 else 2
 
@@ -155,14 +155,15 @@ def mask_reader(kind: int, width: int, steps: int, warps: int, rule: int) -> Any
 
 
 @lru_cache(maxsize=256)
-def moments_of(kind: int, width: int, steps: int, warps: int, has_mask: bool, centered: bool) -> Any:
+def moments_of(b: Build) -> Any:
     """Return the function that gives count, mean and m2 of a piece, in two passes over registers.
 
     The mean is taken relative to ``base``, an element of the piece, so that equal values have it exactly; what
     rounding leaves in it is put back in float64. Squares that leave the range of the type are summed again in
     units of the largest deviation.
     """
-    number = real(kind)
+    number, width, steps, warps, blocks = real(b.kind), b.width, b.steps, b.warps, b.blocks
+    has_mask, centered = b.has_mask, b.centered
     smallest = number(1e-30 if number is np.float32 else 1e-290)
     tiny, infinite, zero = (1e-25 if number is np.float32 else 1e-280), np.inf, number(0)
 
@@ -172,7 +173,7 @@ def moments_of(kind: int, width: int, steps: int, warps: int, has_mask: bool, ce
         for i in range(width * steps):
             if weights[i] > zero:
                 top = max(top, values[i])
-        top = team_max(top, shared, warps)
+        top = team_max(top, shared, warps, blocks)
         return top if top > number(-infinite) else zero
 
     @device
@@ -189,7 +190,7 @@ def moments_of(kind: int, width: int, steps: int, warps: int, has_mask: bool, ce
                             total += weights[i] * (values[i] - base) if weights[i] > zero else zero
                         else:
                             total += values[i] - base
-            sum_about_base, weight = team_sums(total, counted, shared, warps)
+            sum_about_base, weight = team_sums(total, counted, shared, warps, blocks)
             if has_mask:
                 n = weight
             mean_hi = number(np.float64(base) + (sum_about_base / n if n > 0.0 else 0.0))
@@ -205,7 +206,7 @@ def moments_of(kind: int, width: int, steps: int, warps: int, has_mask: bool, ce
                     else:
                         total += d
                         squares += d * d
-        rest, m2 = team_sums(total, squares, shared, warps)
+        rest, m2 = team_sums(total, squares, shared, warps, blocks)
         if not tiny <= m2 < infinite:
             top = zero
             for k in range(steps):
@@ -213,7 +214,7 @@ def moments_of(kind: int, width: int, steps: int, warps: int, has_mask: bool, ce
                     for i in range(k * width, (k + 1) * width):
                         if not has_mask or weights[i] > zero:
                             top = max(top, abs(values[i] - mean_hi))
-            top = max(team_max(top, shared, warps), smallest)
+            top = max(team_max(top, shared, warps, blocks), smallest)
             scale = number(1) / top
             squares = zero
             for k in range(steps):
@@ -225,7 +226,7 @@ def moments_of(kind: int, width: int, steps: int, warps: int, has_mask: bool, ce
                             squares += weights[i] * d * d
                         else:
                             squares += d * d
-            m2, _ = team_sums(squares, zero, shared, warps)
+            m2, _ = team_sums(squares, zero, shared, warps, blocks)
             m2 = m2 * np.float64(top) * np.float64(top)
         if not centered:
             return n, 0.0, m2

@@ -39,8 +39,8 @@ def moments_kernel(b: Build) -> Any:
     """Count, mean and m2 of every chunk: one warp each."""
     first_place, _ = places_of(b.whole, b.stride)
     read = reader(b.kind, b.width, b.steps, b.whole, b.stride)
-    read_mask = mask_reader(b.kind, b.width, b.steps, b.warps, b.rule)
-    moments = moments_of(b.kind, b.width, b.steps, b.warps, b.has_mask, b.centered)
+    read_mask = mask_reader(b.kind, b.width, b.steps, b.stride, b.rule)
+    moments = moments_of(b)
     number, span, team, width, kind, has_mask = real(b.kind), b.span, b.team, b.width, b.kind, b.has_mask
     mask_span = span if has_mask else 1
 
@@ -193,7 +193,7 @@ def grad_sums_kernel(b: Build) -> Any:
                             a += dz
                             c += dz * standardize(value, mean_hi, narrow_rstd)
                     place, column = next_place(place, column, jump, turn, length, pitch)
-                wide_a, wide_c = team_sums(a, c, held, 1)
+                wide_a, wide_c = team_sums(a, c, held, 1, 1)
                 sum_dz += wide_a
                 sum_dz_x_hat += wide_c
             if lane == 0:
@@ -209,7 +209,7 @@ def input_grad_kernel(b: Build, constant: bool, writes_residual: bool) -> Any:
     """Dx (and dresidual = dz) of every chunk for given sums over the slots: one warp each."""
     first_place, next_place = places_of(b.whole, b.stride)
     read = reader(b.kind, b.width, b.steps, b.whole, b.stride)
-    read_mask = mask_reader(b.kind, b.width, 1, b.warps, b.rule)
+    read_mask = mask_reader(b.kind, b.width, 1, b.stride, b.rule)
     coefficients = coefficients_of(b.kind, b.rule, b.weight, b.bias)
     read_weight, read_bias = (parameters_of(b.kind, b.width, b.rule, p) for p in (b.weight, b.bias))
     z_of = before_activation(b.rule, b.weight != ABSENT, b.bias != ABSENT, b.has_residual)

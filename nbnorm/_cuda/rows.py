@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from nbnorm._cuda.collective import SHARED, sync, team_sums
+from nbnorm._cuda.collective import SHARED, WARP, cluster_of, sync, team_sums, warp_sum
 from nbnorm._cuda.memory import BLOCK, FLOAT32, FLOAT64, get, load, put, real, store
 from nbnorm._cuda.memory import kernel as compiled
 from nbnorm._cuda.pieces import (
     ABSENT,
+    ELEMENT,
+    RUN,
     SLOT,
     Build,
     activation_of,
@@ -47,14 +49,14 @@ def forward_kernel(b: Build, writes: bool) -> Any:
     """Statistics of a slot per team, and its normalization unless only they are wanted."""
     first_place, next_place = places_of(b.whole, b.stride)
     read = reader(b.kind, b.width, b.steps, b.whole, b.stride)
-    read_mask = mask_reader(b.kind, b.width, b.steps, b.warps, b.rule)
-    moments = moments_of(b.kind, b.width, b.steps, b.warps, b.has_mask, b.centered)
+    read_mask = mask_reader(b.kind, b.width, b.steps, b.stride, b.rule)
+    moments = moments_of(b)
     coefficients = coefficients_of(b.kind, b.rule, b.weight, b.bias)
     read_weight, read_bias = (parameters_of(b.kind, b.width, b.rule, p) for p in (b.weight, b.bias))
     z_of = before_activation(b.rule, b.weight != ABSENT, b.bias != ABSENT, b.has_residual)
     activated, _ = activation_of(b.activation, b.kind)
     number, span, team, width, steps, kind = real(b.kind), b.span, b.team, b.width, b.steps, b.kind
-    has_residual, has_mask, centered = b.has_residual, b.has_mask, b.centered
+    has_residual, has_mask, centered, blocks = b.has_residual, b.has_mask, b.centered, b.blocks
     residual_span = width if has_residual else 1
     mask_span = span if has_mask else 1
     parameter_span = 1 if b.rule == SLOT else width
@@ -64,7 +66,8 @@ def forward_kernel(b: Build, writes: bool) -> Any:
         x, y, weight, bias, residual, mask, mean, m2, rstd, eps, slots, values, length, pitch, jump, turn, period,
         per_slot, run, positions,
     ):  # fmt: skip
-        thread = cuda.threadIdx.x % team
+        cluster_of(blocks)
+        thread = (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) % team
         slot = (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) // team
         shared = cuda.shared.array(room, np.float64)
         if slot < slots:
@@ -106,7 +109,7 @@ def forward_kernel(b: Build, writes: bool) -> Any:
                         store(y, place, held, k * width, kind, width)
                     place, column = next_place(place, column, jump, turn, length, pitch)
 
-    return compiled(max(b.team, BLOCK))(kernel)
+    return compiled(max(b.warps * WARP, BLOCK))(kernel)
 
 
 @lru_cache(maxsize=256)
@@ -114,22 +117,23 @@ def backward_kernel(b: Build, with_parameters: bool, writes_residual: bool) -> A
     """Sums and dx of one slot after the other, a band of neighbouring slots per team.
 
     Where a slot has one parameter, its sums are written as they are. Where every element has its own, each thread
-    adds up the columns that it holds over the band.
+    adds up the columns that it holds over the band. Where a run shares one, it is cut into pieces of one vector of
+    each thread of a warp, which leave their sums one by one.
     """
     first_place, next_place = places_of(b.whole, b.stride)
     read = reader(b.kind, b.width, b.steps, b.whole, b.stride)
-    read_mask = mask_reader(b.kind, b.width, 1, b.warps, b.rule)
+    read_mask = mask_reader(b.kind, b.width, 1, b.stride, b.rule)
     coefficients = coefficients_of(b.kind, b.rule, b.weight, b.bias)
     read_weight, read_bias = (parameters_of(b.kind, b.width, b.rule, p) for p in (b.weight, b.bias))
     z_of = before_activation(b.rule, b.weight != ABSENT, b.bias != ABSENT, b.has_residual)
     _, gradient = activation_of(b.activation, b.kind)
     number, span, team, width, steps, kind = real(b.kind), b.span, b.team, b.width, b.steps, b.kind
-    warps, has_residual, has_mask, centered, needs_z = (
-        b.warps, b.has_residual, b.has_mask, b.centered, b.needs_z,
+    warps, blocks, has_residual, has_mask, centered, needs_z = (
+        b.warps, b.blocks, b.has_residual, b.has_mask, b.centered, b.needs_z,
     )  # fmt: skip
     slot_weight = b.weight if b.rule == SLOT else ABSENT
     own_weight = b.rule != SLOT and b.weight != ABSENT
-    across = with_parameters and b.rule != SLOT
+    across, by_run = with_parameters and b.rule == ELEMENT, with_parameters and b.rule == RUN
     sums_span = span if across else 1
     residual_span = width if has_residual else 1
     mask_span = width if has_mask else 1
@@ -139,9 +143,10 @@ def backward_kernel(b: Build, with_parameters: bool, writes_residual: bool) -> A
 
     def kernel(
         x, dy, dx, dresidual, weight, bias, residual, mask, mean, rstd, sum_dz, sum_dz_x_hat, parts, counts, count,
-        bands, band, slots, values, length, pitch, jump, turn, period, run, positions,
+        bands, band, slots, values, length, pitch, jump, turn, period, per_slot, run, positions,
     ):  # fmt: skip
-        thread = cuda.threadIdx.x % team
+        cluster_of(blocks)
+        thread = (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) % team
         index = (cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x) // team
         shared = cuda.shared.array(room, np.float64)
         if index < bands * period:
@@ -155,7 +160,7 @@ def backward_kernel(b: Build, with_parameters: bool, writes_residual: bool) -> A
             shift_by = cuda.local.array(parameter_span, number)
             first = index // period * band * period + index % period
             end = min(first + band * period, slots)
-            parameter = index % period * (values if own_weight or across else 1)
+            parameter = index % period * per_slot
             valid = vectors(thread, 0, values, team, width)
             if across:
                 for i in range(span):
@@ -173,6 +178,7 @@ def backward_kernel(b: Build, with_parameters: bool, writes_residual: bool) -> A
                 place = start
                 for k in range(steps):
                     if k < valid:
+                        piece_dz, piece_dz_x_hat = number(0), number(0)
                         if own_weight:
                             read_weight(w, weight, parameter, column, run)
                         if needs_z:
@@ -190,16 +196,29 @@ def backward_kernel(b: Build, with_parameters: bool, writes_residual: bool) -> A
                                 column_dz[j] += dz
                                 column_dz_x_hat[j] += dz * normalize(value, mean_hi, scale, shift)
                             held[j] = standardize(value, mean_hi, narrow_rstd)
+                            if by_run:
+                                piece_dz += dz
+                                piece_dz_x_hat += dz * held[j]
                             if own_weight:
                                 dz *= w[i]
                             a += dz
                             c += dz * held[j]
+                        if by_run:
+                            wide_dz = np.float64(warp_sum(piece_dz))
+                            wide_dz_x_hat = np.float64(warp_sum(piece_dz_x_hat))
+                            if thread % WARP == 0:
+                                at = 2 * ((slot * values + (thread + k * team) * width) // (WARP * width))
+                                exact = recentered(
+                                    wide_dz_x_hat, wide_dz, slot_mean, np.float64(mean_hi), slot_rstd
+                                )
+                                put(parts, at, wide_dz, FLOAT64)
+                                put(parts, at + 1, exact, FLOAT64)
                         if writes_residual:
                             store(dresidual, place, incoming, k * width, kind, width)
                     place, column = next_place(place, column, jump, turn, length, pitch)
-                sum_g, sum_g_x_hat = team_sums(a, c, shared, warps)
+                sum_g, sum_g_x_hat = team_sums(a, c, shared, warps, blocks)
                 sum_g_x_hat = recentered(sum_g_x_hat, sum_g, slot_mean, np.float64(mean_hi), slot_rstd)
-                if thread == 0 and not across and with_parameters:
+                if thread == 0 and with_parameters and not (across or by_run):
                     put(sum_dz, slot, sum_g, FLOAT64)
                     put(sum_dz_x_hat, slot, sum_g_x_hat, FLOAT64)
                 n = count
@@ -241,7 +260,7 @@ def backward_kernel(b: Build, with_parameters: bool, writes_residual: bool) -> A
                         store(parts, place, column_dz, k * width, sums_kind, width)
                         store(parts, place + values, column_dz_x_hat, k * width, sums_kind, width)
 
-    return compiled(max(b.team, BLOCK))(kernel)
+    return compiled(max(b.warps * WARP, BLOCK))(kernel)
 
 
 # Rows of a band at most: as many terms of a parameter's sum meet in the array's own type.
