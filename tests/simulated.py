@@ -10,6 +10,7 @@ import inspect
 import sys
 import zlib
 from dataclasses import dataclass
+from itertools import product
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +20,8 @@ from numba import cuda
 import oracle
 import reference
 from nbnorm import _activation, _cpu, _cuda
-from nbnorm._cuda import launch, memory
+from nbnorm._cuda import builds, launch, memory
+from nbnorm._cuda.collective import WARP
 from nbnorm._cuda.memory import SIMULATED
 from nbnorm._options import Epilogue, Mask
 from nbnorm._view import batch_view, group_view, trailing_view
@@ -95,7 +97,8 @@ ROWS = [
     Case("layer", (5, 24), "rows in a warp, vectors"),
     Case("layer", (4, 7), "rows of odd length: single elements"),
     Case("layer", (9, 40), "rows of two steps, several rows of a band"),
-    Case("layer", (3, 200), "rows of two warps"),
+    Case("layer", (3, 120), "rows of two warps, backward of two blocks"),
+    Case("layer", (3, 200), "rows of two warps forward"),
     Case("layer", (3, 300), "rows of two blocks"),
     Case("layer", (2, 600), "rows too long to hold: one kernel per pass"),
     Case("layer", (2, 601), "long rows of odd length"),
@@ -158,6 +161,15 @@ PLANES = [
     Case("instance", (2, 2, 4, 4), "masked planes", mask=True),
     Case("group", (2, 6, 3, 4), "two runs of a group", groups=3),
     Case("group", (2, 6, 3, 3), "odd runs, silu, residual", groups=3, activation="silu", residual=True),
+    Case(
+        "group",
+        (2, 4, 4, 4),
+        "groups of a warp, masked, silu, residual",
+        groups=2,
+        mask=True,
+        activation="silu",
+        residual=True,
+    ),
     Case("group", (1, 4, 10, 16), "groups of two blocks", groups=2),
     Case("group", (1, 4, 8, 12), "groups of one block, backward of two, relu", groups=2, activation="relu"),
     Case("group", (2, 4, 12, 24), "large groups, masked, relu", groups=2, mask=True, activation="relu"),
@@ -438,13 +450,21 @@ def test_cases_cover_every_route():
         if view.traversal == "columns":
             routes.add(("columns", launch.column_lanes(view, 1).chunks > 1))
             continue
-        kind = memory.kind_of(x.dtype)
-        width = launch.vector_width(kind, view.run if view.run > 1 else view.inner, True)
-        lines = launch.held_lines(view, width, 1)
-        how = "streamed" if lines is None else f"{lines.blocks} x {lines.warps} warps"
-        routes.add((launch.parameter_rule(view), how, width > 1))
-    rules = (launch.SLOT, launch.RUN, launch.ELEMENT)
-    teams = ("1 x 1 warps", "1 x 2 warps", "2 x 2 warps", "streamed")
-    expected = {(rule, how, True) for rule in rules for how in teams} - {(launch.RUN, "1 x 1 warps", True)}
-    assert expected <= routes
+        rule = launch.parameter_rule(view)
+        width = launch.vector_width(memory.kind_of(x.dtype), view.run if view.run > 1 else view.inner, True)
+        arrays = {"forward": 2 if case.mask else 1, "backward": 4 if rule == launch.ELEMENT else 2}
+        for direction, held in arrays.items():
+            lines = launch.held_lines(view, width, builds.registers_held(x, held))
+            fits = lines is not None and (rule != launch.RUN or view.run % (WARP * width) == 0)
+            how = (
+                f"{lines.blocks} x {lines.warps} warps"
+                if fits or (lines and direction == "forward")
+                else "passes"
+            )
+            routes.add((direction, rule, how, width > 1))
+    teams = ("1 x 1 warps", "1 x 2 warps", "2 x 2 warps", "passes")
+    expected = set(
+        product(("forward", "backward"), (launch.SLOT, launch.RUN, launch.ELEMENT), teams, (True,))
+    )
+    assert expected <= routes, expected - routes
     assert {("columns", True), ("columns", False)} <= routes

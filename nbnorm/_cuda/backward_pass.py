@@ -15,14 +15,15 @@ from nbnorm._cuda.builds import (
     named_activation,
     optional_kind,
     positions_of,
+    registers_held,
     size_of,
-    teams_of,
     weights_of,
     what_dz_needs,
     width_for,
 )
 from nbnorm._cuda.collective import WARP
 from nbnorm._cuda.launch import (
+    Bands,
     blocks_for,
     blocks_of,
     column_lanes,
@@ -31,6 +32,7 @@ from nbnorm._cuda.launch import (
     row_bands,
     start,
     streamed_lines,
+    teams_of,
 )
 from nbnorm._cuda.memory import BLOCK, FLOAT64, kind_of, real
 from nbnorm._cuda.pieces import ELEMENT, RUN, SLOT, Build
@@ -248,13 +250,12 @@ def _held_backward(
     """Backward of slots that fit into registers; None where they do not, or where runs end within a warp's vectors."""
     rule = parameter_rule(view)
     across, by_run = (with_parameters and rule == r for r in (ELEMENT, RUN))
-    lines = held_lines(view, width_for(view, [x, dy, dx, dresidual], epilogue, mask), 2)
+    width = width_for(view, [x, dy, dx, dresidual], epilogue, mask)
+    lines = held_lines(view, width, registers_held(x, 4 if across else 2))
     if lines is None or (by_run and view.run % (WARP * lines.width)):
         return None
     build = line_build(view, x, lines, epilogue, mask, mean is not None)
-    bands = row_bands(view, lines.blocks * lines.warps)
-    if not across:
-        bands = type(bands)(1, view.slots // view.period)
+    bands = row_bands(view, lines.blocks * lines.warps) if across else Bands(1, view.slots // view.period)
     size = view.slots if with_parameters and rule == SLOT else 0
     sums = empty(size, np.float64, x), empty(size, np.float64, x)
     parts = empty(0, np.float64, x)

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from nbnorm._cuda.arrays import is_aligned
-from nbnorm._cuda.collective import grid_of
-from nbnorm._cuda.launch import Lines, blocks_of, parameter_rule, vector_width
-from nbnorm._cuda.memory import BLOCK, kind_of
+from nbnorm._cuda.launch import Lines, parameter_rule, vector_width
+from nbnorm._cuda.memory import kind_of
 from nbnorm._cuda.pieces import ABSENT, ELEMENT, SLOT, Build
 from nbnorm._options import Epilogue, Mask
 from nbnorm._view import View
@@ -37,9 +36,9 @@ def positions_of(view: View) -> int:
     return view.outer * view.run
 
 
-def teams_of(teams: int, lines: Lines) -> tuple[int, int]:
-    """Blocks and threads for so many teams: whole blocks to a team of several warps, teams of one warp share one."""
-    return grid_of(teams, lines.warps, lines.blocks) if lines.warps > 1 else (blocks_of(teams), BLOCK)
+def registers_held(x: Array, arrays: int) -> int:
+    """Return how many registers an element takes of which a thread holds ``arrays``."""
+    return arrays * (2 if x.dtype.itemsize == 8 else 1)
 
 
 def what_dz_needs(epilogue: Epilogue, element: bool) -> Epilogue:

@@ -82,19 +82,11 @@ if SIMULATED:
         """Wait for all threads of the block."""
         threading.current_thread().syncthreads()
 
-    def grid_of(teams: int, warps: int, blocks: int) -> tuple[int, int]:
-        """Blocks and threads of each for so many teams of several warps."""
-        return teams, blocks * warps * WARP
-
-    def runs_teams_of_blocks() -> bool:
-        """Whether blocks of the current device can be a team."""
-        return True
-
     def cluster_of(blocks):
         """Make ``blocks`` neighbours of a kernel's blocks a team."""
 
     def first_warp(warps):
-        """Where the warps of the own block begin among those that share its memory."""
+        """Where the warps of the own block begin among those that share its memory: here, all of the team."""
         return cuda.threadIdx.x // WARP // warps * warps
 
     def cluster_sync():
@@ -142,14 +134,6 @@ else:
         """Wait for all threads of the block."""
         cuda.syncthreads()
 
-    def grid_of(teams: int, warps: int, blocks: int) -> tuple[int, int]:
-        """Blocks and threads of each for so many teams of several warps."""
-        return teams * blocks, warps * WARP
-
-    def runs_teams_of_blocks() -> bool:
-        """Whether eight blocks of the current device can be a team; some that have clusters lack the room."""
-        return cuda.get_current_device().compute_capability[0] in (9, 10)
-
     @intrinsic
     def cluster_of(typingctx, blocks):
         """Make ``blocks`` neighbours of a kernel's blocks a team; to be called by the kernel itself."""
@@ -174,7 +158,10 @@ else:
 
     @intrinsic
     def cluster_sync(typingctx):
-        """Wait for all threads of the team, and see what they have written."""
+        """Wait for all threads of the team, and see what they have written.
+
+        Not the ``.aligned`` form, which asks that the threads of a warp come together: after a branch they may not.
+        """
 
         def generate(context, builder, signature, args):
             nothing = ir.FunctionType(ir.VoidType(), [])
@@ -200,27 +187,29 @@ else:
 
 
 @device
+def _leave(shared, warp, a, b, own):
+    """Let one thread leave two values in the room of a warp, once earlier readers of ``shared`` are done."""
+    sync()
+    if own:
+        shared[2 * warp] = a
+        shared[2 * warp + 1] = b
+
+
+@device
 def team_sums(a, b, shared, warps, blocks):
     """Two sums over a team, float64 in every thread; ``shared`` holds `SHARED` float64 of the block."""
     a = np.float64(warp_sum(a))
     b = np.float64(warp_sum(b))
     if warps > 1:
-        thread, first = cuda.threadIdx.x, first_warp(warps)
-        sync()  # earlier readers of ``shared`` are done
-        if thread % WARP == 0:
-            shared[2 * (thread // WARP)] = a
-            shared[2 * (thread // WARP) + 1] = b
+        first = first_warp(warps)
+        _leave(shared, cuda.threadIdx.x // WARP, a, b, cuda.threadIdx.x % WARP == 0)
         sync()
-        a = shared[2 * first]
-        b = shared[2 * first + 1]
+        a, b = shared[2 * first], shared[2 * first + 1]
         for w in range(first + 1, first + warps):
             a += shared[2 * w]
             b += shared[2 * w + 1]
         if blocks > 1:
-            sync()
-            if thread == first * WARP:
-                shared[2 * first] = a
-                shared[2 * first + 1] = b
+            _leave(shared, first, a, b, cuda.threadIdx.x == first * WARP)
             cluster_sync()
             a, b = from_block(shared, 0, warps, 0), from_block(shared, 0, warps, 1)
             for other in range(1, blocks):
@@ -235,17 +224,13 @@ def team_max(a, shared, warps, blocks):
     """Largest value of a team, in every thread; NaN does not count."""
     a = warp_max(a)
     if warps > 1:
-        thread, first = cuda.threadIdx.x, first_warp(warps)
-        sync()
-        if thread % WARP == 0:
-            shared[2 * (thread // WARP)] = a
+        first = first_warp(warps)
+        _leave(shared, cuda.threadIdx.x // WARP, a, a, cuda.threadIdx.x % WARP == 0)
         sync()
         for w in range(first, first + warps):
             a = max(a, type(a)(shared[2 * w]))
         if blocks > 1:
-            sync()
-            if thread == first * WARP:
-                shared[2 * first] = a
+            _leave(shared, first, a, a, cuda.threadIdx.x == first * WARP)
             cluster_sync()
             for other in range(blocks):
                 a = max(a, type(a)(from_block(shared, other, warps, 0)))

@@ -13,11 +13,11 @@ from nbnorm._cuda.builds import (
     column_build,
     line_build,
     positions_of,
-    teams_of,
+    registers_held,
     weights_of,
     width_for,
 )
-from nbnorm._cuda.launch import Lines, blocks_of, column_lanes, held_lines, start, streamed_lines
+from nbnorm._cuda.launch import Lines, blocks_of, column_lanes, held_lines, start, streamed_lines, teams_of
 from nbnorm._cuda.memory import BLOCK, kind_of
 from nbnorm._cuda.pieces import Build
 from nbnorm._cuda.statistics import rstd
@@ -40,7 +40,7 @@ def moments(
         _column_moments(view, x, mask, mean, m2)
         return mean, m2
     width = width_for(view, [x], NO_EPILOGUE, mask)
-    lines = held_lines(view, width, 1)
+    lines = held_lines(view, width, registers_held(x, 1 if mask is None else 2))
     if lines is not None:
         held_forward(view, lines, x, None, NO_EPILOGUE, 1.0, mask, mean, m2, None)
         return mean, m2
@@ -110,7 +110,8 @@ def forward(
     """Normalize x with its own statistics into y; return mean (None if not centered), m2 and rstd."""
     lines = None
     if view.traversal != "columns" and view.size:
-        lines = held_lines(view, width_for(view, [x, y], epilogue, mask), 1)
+        registers = registers_held(x, 1 if mask is None else 2)
+        lines = held_lines(view, width_for(view, [x, y], epilogue, mask), registers)
     if lines is None:
         mean, m2 = moments(view, x, centered, mask)
         slot_rstd = rstd(m2, view.values if mask is None else mask.counts, eps)

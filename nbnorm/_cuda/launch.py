@@ -1,7 +1,7 @@
-"""Launch configurations as data, chosen by pure functions of a view, and how a kernel is started.
+"""Launch configurations as data, chosen by functions of a view, and how a kernel is started.
 
-Nothing here waits for the device. Configurations depend on shapes and on whether memory is aligned, never on data
-or on the device's load, so that results have the same bits in every run.
+Nothing here waits for the device. Configurations depend on shapes, on whether memory is aligned and on what the device
+can do, never on data or on its load, so that results have the same bits in every run on a kind of device.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from numba import cuda
 from numba.cuda import config as numba_config
 
 from nbnorm._cuda import arrays
-from nbnorm._cuda.collective import WARP, runs_teams_of_blocks
+from nbnorm._cuda.collective import WARP
 from nbnorm._cuda.columns import TILE_ROWS
 from nbnorm._cuda.memory import BLOCK, SIMULATED, VECTOR_BYTES, itemsize
 from nbnorm._cuda.pieces import ELEMENT, RUN, SLOT
@@ -28,7 +29,7 @@ class Limits:
     Attributes
     ----------
     teams : tuple of (int, int, int)
-        Blocks of a team, warps of each and the elements that a thread may hold, from the smallest team on.
+        Blocks of a team, warps of each and the registers in which a thread may hold elements; the smallest team first.
     held : int
         Elements that a thread of a streaming kernel holds.
     busy : int
@@ -40,16 +41,14 @@ class Limits:
     busy: int
 
 
-# Spans from the register counts of gpu.md's trials: 32 floats of x take 48 registers, 64 take 90, none spills; backward
-# holds x, dy and two sums of each element and gets half. Eight blocks are the largest cluster that every device with
-# clusters takes. `busy`: four warps on each quarter of 132 multiprocessors.
+# With more than 32 registers of elements, blocks of 16 warps spill what belongs to masks, float64 or backward
+# (tests/test_cuda_compile.py compiles the largest team for all of them). Clusters may have eight blocks wherever there
+# are any, and room for them. `busy`: four warps on each quarter of 132 multiprocessors.
 _DEVICE = Limits(
-    teams=(
-        (1, 1, 32), (1, 4, 32), (1, 8, 32), (1, 16, 32), (1, 16, 64), (2, 16, 64), (4, 16, 64), (8, 16, 64),
-    ),
+    teams=((1, 1, 32), (1, 4, 32), (1, 8, 32), (1, 16, 32), (2, 16, 32), (4, 16, 32), (8, 16, 32)),
     held=16,
     busy=2112,
-)  # fmt: skip
+)
 # In the simulator a thread is one of the operating system: few of them, yet more than one warp and one step.
 _SIMULATOR = Limits(teams=((1, 1, 16), (1, 2, 32), (2, 2, 32)), held=8, busy=4)
 LIMITS = _SIMULATOR if SIMULATED else _DEVICE
@@ -113,20 +112,20 @@ def _lines(
     return Lines(width, steps, warps, blocks, values, length, pitch, rows * pitch + turn, turn, chunk, chunks)
 
 
-def held_lines(view: View, width: int, arrays_held: int) -> Lines | None:
-    """Return the smallest team of the current device that holds a slot in registers, None if there is none.
+def held_lines(view: View, width: int, registers: int) -> Lines | None:
+    """Return the smallest team of the current device that holds a slot, None if there is none.
 
-    ``arrays_held``: 1 for x alone, 2 for x and dy.
+    An element takes so many ``registers``.
     """
-    lines = _held_lines(view, width, arrays_held)
+    lines = _held_lines(view, width, registers)
     return lines if lines is None or lines.blocks == 1 or runs_teams_of_blocks() else None
 
 
 @lru_cache(maxsize=4096)
-def _held_lines(view: View, width: int, arrays_held: int) -> Lines | None:
+def _held_lines(view: View, width: int, registers: int) -> Lines | None:
     values = view.values
     for blocks, warps, span in LIMITS.teams:
-        most = span // arrays_held // width
+        most = span // registers // width
         steps = power_of_two(-(-values // (blocks * warps * WARP * width)))
         if 0 < steps <= most:
             return _lines(view, view.inner, width, steps, warps, blocks, max(values, 1))
@@ -188,7 +187,7 @@ class Bands:
 def row_bands(view: View, warps: int) -> Bands:
     """Cut rows of one period into bands: short enough for sums in the array's type, enough to fill the device."""
     rows = view.slots // view.period
-    wanted = -(-LIMITS.busy // (warps * view.period))
+    wanted = max(1, LIMITS.busy // (warps * view.period))
     band = max(1, min(BAND_ROWS, -(-rows // wanted)))
     return Bands(band, -(-rows // band))
 
@@ -212,6 +211,22 @@ def _configure(kernel: Any, blocks: int, threads: int | tuple[int, int], stream:
 
 # The simulator keeps the grid in the kernel itself: there it cannot be remembered apart.
 _configured = _configure if SIMULATED else lru_cache(maxsize=4096)(_configure)
+
+
+def runs_teams_of_blocks() -> bool:
+    """Whether eight blocks of the current device can be a team: small parts of a device may lack the room."""
+    if SIMULATED:
+        return True
+    device = cuda.get_current_device()
+    return bool(device.compute_capability[0] in (9, 10) and device.MULTIPROCESSOR_COUNT >= 16)
+
+
+def teams_of(teams: int, lines: Lines) -> tuple[int, int]:
+    """Blocks and threads for so many teams: whole blocks to a team of several warps, teams of one warp share one."""
+    if lines.warps == 1:
+        return blocks_of(teams), BLOCK
+    threads = lines.warps * WARP
+    return (teams, lines.blocks * threads) if SIMULATED else (teams * lines.blocks, threads)
 
 
 def blocks_of(warps: int) -> int:

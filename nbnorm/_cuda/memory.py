@@ -73,6 +73,11 @@ if SIMULATED:
         """Write one float64."""
         target.part(index, 1)[0] = value
 
+    def change(values, count, function):
+        """Put what a function makes of each of ``count`` register values in its place."""
+        for i in range(count):
+            values[i] = function(values[i])
+
 else:
     # numba-cuda up to 0.30 looks for a function that NumPy 2.5 has dropped, in one module and at its import only.
     _DROPPED, _has_it = "row_stack", "row_stack" in vars(np)
@@ -238,6 +243,25 @@ else:
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.float64, kind), generate
+
+    @intrinsic
+    def change(typingctx, values, count, function):
+        """Put what a function makes of each of ``count`` register values in its place.
+
+        Written out one by one: of a long function, the compiler would keep a loop, and the array out of registers.
+        """
+        if not _known(count):
+            return None
+        own = typingctx.resolve_function_type(function, (values.dtype,), {})
+
+        def generate(context, builder, signature, args):
+            call = context.get_function(function, own)
+            for i in range(count.literal_value):
+                place = _register(context, builder, values, args[0], _LONG(0), i)
+                builder.store(call(builder, (builder.load(place),)), place)
+            return context.get_dummy_value()
+
+        return types.void(values, count, function), generate
 
 
 # Threads of a block of independent warps or lanes.

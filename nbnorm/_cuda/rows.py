@@ -14,7 +14,7 @@ import numpy as np
 from numba import cuda
 
 from nbnorm._cuda.collective import SHARED, WARP, cluster_of, sync, team_sums, warp_sum
-from nbnorm._cuda.memory import BLOCK, FLOAT32, FLOAT64, get, load, put, real, store
+from nbnorm._cuda.memory import BLOCK, FLOAT32, FLOAT64, change, get, load, put, real, store
 from nbnorm._cuda.memory import kernel as compiled
 from nbnorm._cuda.pieces import (
     ABSENT,
@@ -61,6 +61,7 @@ def forward_kernel(b: Build, writes: bool) -> Any:
     mask_span = span if has_mask else 1
     parameter_span = 1 if b.rule == SLOT else width
     room = SHARED if b.warps > 1 else 1
+    apart = b.activation is not None and b.activation[0] == "silu"  # long enough to have a walk of its own
 
     def kernel(
         x, y, weight, bias, residual, mask, mean, m2, rstd, eps, slots, values, length, pitch, jump, turn, period,
@@ -105,9 +106,17 @@ def forward_kernel(b: Build, writes: bool) -> Any:
                         for i in range(width):
                             extra = added[i] if has_residual else number(0)
                             z = z_of(held[k * width + i], mean_hi, scale, shift, w, shift_by, extra, i)
-                            held[k * width + i] = activated(z)
-                        store(y, place, held, k * width, kind, width)
+                            held[k * width + i] = z if apart else activated(z)
+                        if not apart:
+                            store(y, place, held, k * width, kind, width)
                     place, column = next_place(place, column, jump, turn, length, pitch)
+                if apart:
+                    change(held, span, activated)
+                    place, column = first_place(position, slot * length, length, pitch)
+                    for k in range(steps):
+                        if k < valid:
+                            store(y, place, held, k * width, kind, width)
+                        place, column = next_place(place, column, jump, turn, length, pitch)
 
     return compiled(max(b.warps * WARP, BLOCK))(kernel)
 
