@@ -344,6 +344,17 @@ def fetched() -> None:
             show(f"rows in advance, {shape} {dtype}, chosen {chosen.ahead}", ways)
 
 
+def bundled() -> None:
+    """Layer norm forward whose tasks are one band each, or some."""
+    for shape in ((131072, 32), (65536, 96), (16384, 96), (32768, 200), (8192, 1024)):
+        call, b = prepare("forward", Case("layer", shape))
+        view = trailing_view(b.x.shape, b.x.strides, b.x.itemsize, 1)
+        assert view is not None
+        chosen = spans.Cut(*rows.geometry(view, 2, False, moved("forward", b), b.x.dtype.char).tolist())
+        ways = {n: with_cut(chosen._replace(bundle=n), call) for n in dict.fromkeys((1, 4, chosen.bundle))}
+        show(f"bands of a task, {shape}, chosen {chosen.bundle}", ways)
+
+
 def streamed() -> None:
     """Forward and backward passes whose results are written plainly, and past the caches."""
     for case in STREAMS:
@@ -372,4 +383,5 @@ if __name__ == "__main__":
     rows_together()
     in_one_walk()
     fetched()
+    bundled()
     streamed()

@@ -15,6 +15,7 @@ from typing import Any
 
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
+from numba.core.registry import cpu_target
 
 from nbnorm._rounds import promise
 
@@ -22,6 +23,12 @@ from nbnorm._rounds import promise
 _NEEDLESS = {
     "inline_closure_likes", "inline_inlinables", "inline_overloads", "nopython_rewrites", "with_lifting",
 }  # fmt: skip
+
+
+def processor_has(*features: str) -> bool:
+    """Whether the processor that Numba compiles for has all of some features, as LLVM calls them."""
+    known = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+    return all(f"+{feature}" in known for feature in features)
 
 
 class WideCode(JITCodeLibrary):

@@ -106,11 +106,11 @@ def fetch_rows(g, x, first, last):
 
 
 @allocating
-def forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd):
-    """Moments and normalization of a band."""
+def forward_bands(g, x, y, band, bands, weight, bias, eps, mean, m2, rstd):
+    """Moments and normalization of some neighbouring bands."""
     cut = unpack(g)
     x, y, seam, stream = borrowed(x), borrowed(y), seam_like(y), begin(y, cut.streamed)
-    start, end = samples_of(g, band)
+    start, end = samples_of(g, band)[0], samples_of(g, band + bands - 1)[1]
     shift, sums = scratch(cut.step, x), wide((3, cut.step))
     for first in range(start * cut.period, end * cut.period, cut.step):
         last = min(first + cut.step, end * cut.period)

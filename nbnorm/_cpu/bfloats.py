@@ -14,10 +14,10 @@ from llvmlite import ir
 from llvmlite.binding import llvm_version_info
 from numba import types
 from numba.core.cgutils import get_or_insert_function
-from numba.core.registry import cpu_target
 
 from nbnorm._cpu.halves import constant_like, round_to_bfloat, typed_like
 from nbnorm._cpu.tiles import VECTOR
+from nbnorm._inner import processor_has
 
 _INT, _SHORT = ir.IntType(32), ir.IntType(16)
 _SUBNORMAL = 0x20  # of the classes that the instruction knows
@@ -44,8 +44,7 @@ def rounded_at_once(dtype: Any) -> bool:
 @lru_cache(maxsize=1)
 def processor_rounds() -> bool:
     """Whether the processor that Numba compiles for rounds to bfloat16; LLVM has another type for it before 16."""
-    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
-    return llvm_version_info >= (16,) and {"+avx512bf16", "+avx512dq"} <= set(features)
+    return llvm_version_info >= (16,) and processor_has("avx512bf16", "avx512dq")
 
 
 def emit_rounded(builder: Any, vectors: list[Any]) -> list[Any]:

@@ -63,18 +63,20 @@ def widen(value):
     return value
 
 
+def emit_widened(builder, value, dtype):
+    """Emit an element of a type, or a vector of them, in the type that is computed with."""
+    if dtype == types.uint16:
+        return builder.fpext(builder.bitcast(value, typed_like(value, _HALF)), typed_like(value, _FLOAT))
+    if dtype == types.int16:
+        word = builder.zext(value, typed_like(value, _INT))
+        return builder.bitcast(builder.shl(word, constant_like(value, _INT, 16)), typed_like(value, _FLOAT))
+    return value
+
+
 @emitted(widen)
 def _widen(typingctx, value):
-    half, bfloat = value == types.uint16, value == types.int16
-
-    def generate(context, builder, signature, args):
-        if half:
-            return builder.fpext(builder.bitcast(args[0], _HALF), _FLOAT)
-        if bfloat:
-            return builder.bitcast(builder.shl(builder.zext(args[0], _INT), _INT(16)), _FLOAT)
-        return args[0]
-
-    return (types.float32 if half or bfloat else value)(value), generate
+    computed = types.float32 if value in (types.uint16, types.int16) else value
+    return computed(value), lambda context, builder, signature, args: emit_widened(builder, args[0], value)
 
 
 def narrow(value, array):

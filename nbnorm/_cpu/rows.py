@@ -17,7 +17,7 @@ from nbnorm._cpu.bands import (
     apply_chunk,
     backward_band,
     column_tasks,
-    forward_band,
+    forward_bands,
     input_grad_band,
     long_band_sums,
 )
@@ -44,9 +44,11 @@ __all__ = [
 
 @Twins
 def forward_kernel(g, x, y, weight, bias, eps, mean, m2, rstd):
-    """One band per task: the moments of a row, or of a few short ones, then their normalization from cache."""
-    for band in prange(unpack(g).bands):
-        forward_band(g, x, y, band, weight, bias, eps, mean, m2, rstd)
+    """Some bands per task: the moments of a row, or of a few short ones, then their normalization from cache."""
+    bands, bundle = unpack(g).bands, unpack(g).bundle
+    for task in prange(-(-bands // bundle)):
+        first = task * bundle
+        forward_bands(g, x, y, first, min(bundle, bands - first), weight, bias, eps, mean, m2, rstd)
 
 
 @Twins

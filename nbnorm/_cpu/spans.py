@@ -46,6 +46,11 @@ FETCHED = 1536
 BAND = 64
 MIN_BANDS = 8
 BAND_SIZE = 16384
+# Bands that a task of forward goes through, which sums nothing over them: as many as make BUNDLE values, if TASKS tasks
+# remain for each thread. They take 0.94 to 1 of the time of one by one (Emerald Rapids; benchmarks/choices.py, bands of
+# a task).
+BUNDLE = 4 * CHUNK
+TASKS = 8
 
 
 class Cut(NamedTuple):
@@ -61,6 +66,7 @@ class Cut(NamedTuple):
     together: int  # in backward, of samples one behind the other
     streamed: int  # whether results are written past the caches
     ahead: int  # rows that forward asks for before it normalizes these
+    bundle: int  # bands of a task of forward
 
 
 _BANDS = Cut._fields.index("bands")
@@ -69,8 +75,8 @@ _BANDS = Cut._fields.index("bands")
 def geometry(view: View, threads: int, masked: bool = False, size: int = 0, letter: str = "f") -> np.ndarray:
     """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers.
 
-    All traversals are asked in this way; here neither threads, which must not change a sum, nor a mask matter. ``size``
-    is that of all arrays in bytes.
+    All traversals are asked in this way; here a mask does not matter, nor do threads for any sum. ``size`` is that of
+    all arrays in bytes.
     """
     rows, inner, period = view.slots, view.inner, view.period
     samples = rows // period
@@ -81,9 +87,9 @@ def geometry(view: View, threads: int, masked: bool = False, size: int = 0, lett
     chunks = -(-inner // CHUNK)
     ahead = step if inner <= FETCHED and (step == 1 or remote()) else 0
     streamed = worthwhile(size, inner, band * inner if period == 1 else inner, letter)
-    return np.array(
-        Cut(rows, inner, period, band, -(-samples // band), chunks, step, together, streamed, ahead)
-    )
+    bands = -(-samples // band)
+    bundle = max(1, min(BUNDLE // max(band * period * inner, 1), bands // (TASKS * threads)))
+    return np.array(Cut(rows, inner, period, band, bands, chunks, step, together, streamed, ahead, bundle))
 
 
 def long_rows(inner: int, letter: str) -> bool | None:
@@ -115,7 +121,7 @@ def fused(view: View, threads: int, masked: bool = False) -> int:
 @inlined
 def unpack(g):
     """Name the integers of a geometry."""
-    return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9])
+    return Cut(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10])
 
 
 @inlined

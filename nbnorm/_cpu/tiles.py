@@ -22,6 +22,7 @@ from nbnorm._cpu.launch import (
     two_vector_reduction,
 )
 from nbnorm._cpu.memory import part, row
+from nbnorm._cpu.vector_sums import vector_sums
 from nbnorm._math import (
     accumulate,
     add,
@@ -111,30 +112,16 @@ def nearby_counted(x, weights):
 
 
 @reduction
-def shifted_sums(x, weights, shift):
-    """Count, sum of (x - shift) and of (x - shift)**2 over one piece; what has no weight is not looked at."""
-    count = rounded(x.shape[0], x)
-    total = squares = rest_total = rest_squares = rounded(0.0, x)
-    if weights is None:
-        whole = x.shape[0] // STEP * STEP
-        body, rest = row(x, 0, whole), row(x, whole, x.shape[0] - whole)
-        for i in range(body.shape[0]):
-            d = widen(body[i]) - shift
-            total += d
-            squares += d * d
-        for i in range(rest.shape[0]):
-            d = widen(rest[i]) - shift
-            rest_total += d
-            rest_squares += d * d
-    else:
-        count = rounded(0.0, x)
-        for i in range(x.shape[0]):
-            w = weights[i]
-            d = widen(x[i]) - shift if w > 0 else rounded(0.0, x)
-            count += w
-            total += w * d
-            squares += w * (d * d)
-    return count, np.float64(total) + np.float64(rest_total), np.float64(squares) + np.float64(rest_squares)
+def counted_sums(x, weights, shift):
+    """Count, `vector_sums` of one piece by weights; what has none is not looked at."""
+    count = total = squares = rounded(0.0, x)
+    for i in range(x.shape[0]):
+        w = weights[i]
+        d = widen(x[i]) - shift if w > 0 else rounded(0.0, x)
+        count += w
+        total += w * d
+        squares += w * (d * d)
+    return np.float64(count), np.float64(total), np.float64(squares)
 
 
 @reduction
@@ -245,11 +232,15 @@ def corrected(mean, total, squares, n):
 
 @inlined
 def sums_about(x, weights, shift):
-    """`shifted_sums` of neighbours, piece after piece."""
+    """Count, and `vector_sums` of neighbours, piece after piece."""
     count = total = squares = 0.0
     for i in range(0, x.shape[0], piece(x)):
         size = min(piece(x), x.shape[0] - i)
-        c, a, b = shifted_sums(row(x, i, size), part(weights, i, size), shift)
+        if weights is None:
+            c = np.float64(size)
+            a, b = vector_sums(row(x, i, size), shift)
+        else:
+            c, a, b = counted_sums(row(x, i, size), row(weights, i, size), shift)
         count += c
         total += a
         squares += b
@@ -258,10 +249,9 @@ def sums_about(x, weights, shift):
 
 @inlined
 def tile_sums(x, first, stride, rows, n, shift):
-    """`shifted_sums` of ``rows`` segments of ``n`` neighbours, ``stride`` apart, short ones four at once."""
+    """`vector_sums` of ``rows`` segments of ``n`` neighbours, ``stride`` apart, short ones four at once."""
     if rows == 1 and n <= piece(x):  # as the loops below would have it, which short slots notice
-        _, total, squares = shifted_sums(row(x, first, n), None, shift)
-        return total, squares
+        return vector_sums(row(x, first, n), shift)
     total = squares = 0.0
     fours = in_fours(rows, n, x)
     for r in range(0, fours, FOUR):
