@@ -84,7 +84,8 @@ def track(saved: Saved, pair: Pair | None, rule: Rule) -> int | None:
 
 def normalize_batch(call: Call, pair: Pair | None, settings: Training) -> tuple[Array, Saved]:
     """Normalize by the batch's own statistics, corrected towards the running ones by batch renormalization."""
-    call = _call.counted(call)
+    if call.mask is not None:
+        call = _call.counted(call)
     correction = None
     count = count_of(call)
     rule = settings.rule
@@ -104,7 +105,8 @@ def normalize_batch(call: Call, pair: Pair | None, settings: Training) -> tuple[
     else:
         y, mean, m2, rstd = _call.forward(call)
         saved = _call.save(call, "batch_norm", mean, rstd, count, m2)
-    _call.warn_of_zero_over_zero(call, m2)
+    if call.eps == 0.0:
+        _call.warn_of_zero_over_zero(call, m2)
     return y, saved
 
 
@@ -190,6 +192,7 @@ def forward_by_moments(call: Call, m: Moments, constant: bool) -> tuple[Array, S
     """Normalize by moments of the batch that x is a part of."""
     rstd = m.rstd(call.eps)
     y = _call.apply(call, m.mean, rstd)
-    _call.warn_of_zero_over_zero(call, m.m2)
+    if call.eps == 0.0:
+        _call.warn_of_zero_over_zero(call, m.m2)
     m2 = None if constant else m.m2
     return y, _call.save(call, "batch_norm", m.mean, rstd, m.count, m2, constant)

@@ -34,7 +34,7 @@ class Call(NamedTuple):
     eps: float
     out: Array | None
     owned: bool  # whether all that came, and ``out``, surely own their memory, seen at a glance
-    apart: bool  # whether ``out`` surely shares no memory with the rest
+    apart: bool  # whether an ``out`` surely shares no memory with the rest
 
 
 class Options(NamedTuple):
@@ -147,7 +147,7 @@ def _at_a_glance(
     """
     epilogue = Epilogue(weight, bias)
     return Call(
-        operation, x, x, view, None, epilogue, False, None, samples, _checks.eps(eps), out, owned, out is not None
+        operation, x, x, view, None, epilogue, False, None, samples, _checks.eps(eps), out, owned, True
     )  # fmt: skip
 
 
@@ -163,8 +163,8 @@ def _call(
         residual = _checks.array("residual", residual)
         _checks.shape("residual", residual, source.shape)
         _checks.dtype("residual", residual, source.dtype)
-    apart = _glance.apart(out, source, weight, bias, residual)
-    owned = apart or _glance.owners(source, weight, bias, residual, out)
+    owned = _glance.owners(source, weight, bias, residual, out)
+    apart = out is None or _glance.apart(out, source, weight, bias, residual)
     if out is not None and not _glance.fitting(out, source):
         _checks.out("out", out, source.shape, source.dtype)
     if not apart:
@@ -189,17 +189,17 @@ def _call(
 
 def keep_inputs(call: Call) -> None:
     """Refuse to write over what backward needs: x, and the residual below an activation."""
-    if call.out is not None and not call.apart:
-        _checks.disjoint("out", call.out, [("x", call.source)], ", which backward needs")
-        if call.epilogue.activation is not None:
-            residual = [("residual", call.epilogue.residual)]
-            _checks.disjoint("out", call.out, residual, ", which backward needs for the activation")
+    if call.apart or call.out is None:
+        return
+    _checks.disjoint("out", call.out, [("x", call.source)], ", which backward needs")
+    if call.epilogue.activation is not None:
+        residual = [("residual", call.epilogue.residual)]
+        _checks.disjoint("out", call.out, residual, ", which backward needs for the activation")
 
 
 def counted(call: Call) -> Call:
-    """Prepare a call for statistics of its own: what has none at all leaves no trace, NaN or not."""
-    if call.mask is None:
-        return call
+    """Prepare a masked call for statistics of its own: what has none at all leaves no trace, NaN or not."""
+    assert call.mask is not None
     return call._replace(x=_masks.without_uncounted(call.x, call.mask, call.sample_axis))
 
 
@@ -209,7 +209,7 @@ def forward(call: Call, centered: bool = True) -> tuple[Array, Array | None, Arr
     mean, m2, rstd = backend(call.x).forward(
         call.view, call.x, work, call.epilogue, call.eps, centered, call.mask
     )
-    return _layout.deliver(work, target), mean, m2, rstd
+    return target if work is target else _layout.deliver(work, target), mean, m2, rstd
 
 
 def apply(call: Call, mean: Array, rstd: Array) -> Array:
@@ -222,7 +222,7 @@ def apply(call: Call, mean: Array, rstd: Array) -> Array:
 def _room(call: Call) -> tuple[Array, Array]:
     """Return the result, and where kernels may write it."""
     target = _layout.empty_like(call.source) if call.out is None else call.out
-    if target.strides == call.x.strides and (call.out is None or call.apart):
+    if call.apart and target.strides == call.x.strides:
         return target, target
     return target, _layout.workspace(target, call.x, call.x, call.epilogue.residual)
 
@@ -231,10 +231,13 @@ def normalize(
     norm: str, call: Call, statistics: tuple[int, ...], centered: bool = True
 ) -> tuple[Array, Saved]:
     """Run a forward call whose every sample has statistics of its own, of the shape ``statistics``."""
-    keep_inputs(call)
-    call = counted(call)
+    if not call.apart:
+        keep_inputs(call)
+    if call.mask is not None:
+        call = counted(call)
     y, mean, m2, rstd = forward(call, centered)
-    warn_of_zero_over_zero(call, m2)
+    if call.eps == 0.0:
+        warn_of_zero_over_zero(call, m2)
     count = np.float64(call.view.values) if call.mask is None else call.mask.counts[:, np.newaxis]
     mean = None if mean is None else mean.reshape(statistics)
     return y, save(call, norm, mean, rstd.reshape(statistics), count, None)
@@ -244,7 +247,7 @@ def warn_of_zero_over_zero(call: Call, m2: Array) -> None:
     """Warn as NumPy does where eps = 0 meets a slot without variance; on a device a look would wait for it."""
     if call.mask is not None and not call.mask.counts.all():
         return
-    if call.eps == 0.0 and call.view.size and isinstance(m2, np.ndarray) and not m2.all():
+    if call.view.size and isinstance(m2, np.ndarray) and not m2.all():
         _warn.warn(f"invalid value encountered in {call.operation}")
 
 

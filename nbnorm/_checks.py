@@ -70,7 +70,7 @@ def at_least_2d(operation: str, x: np.ndarray) -> None:
 
 def axis(name: str, value: Any, ndim: int) -> int:
     """Return an axis counted from the front."""
-    index = integer(name, value)
+    index = value if type(value) is int else integer(name, value)
     if not -ndim <= index < ndim:
         raise np.exceptions.AxisError(index, ndim, name)
     return index % ndim

@@ -30,7 +30,8 @@ def backward(
 
     With a residual there is one more, dresidual; who wants all of ``names`` wants it, too.
     """
-    check_saved(norm, saved)
+    if type(saved) is not Saved or saved.norm != norm:
+        check_saved(norm, saved)
     if need is names and _at_a_glance(dy, saved, out, len(names)):
         dx = _layout.empty_like(saved.x) if out is None else out[0]
         sums = _whole(dy, saved, dx, None, saved.weight is not None or saved.bias is not None)

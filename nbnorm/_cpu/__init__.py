@@ -49,19 +49,14 @@ def moments(
     view: View, x: Array, centered: bool = True, mask: Mask | None = None
 ) -> tuple[Array | None, Array]:
     """Mean and m2 (the sum of squared deviations) of every slot; not centered, None and the sum of squares."""
-    m2 = _statistic(view)
-    mean = _statistic(view) if centered else None
+    room = np.empty if view.size else np.zeros
+    m2, mean = room(view.slots), room(view.slots) if centered else None
     if view.size:
         threads = threads_for(view.size)
         walk, g, _ = start(view, threads, mask is not None, 0, x.dtype.char)
         options = _options(view, Epilogue(), mask)
         walk.passes_kernel.on(threads)(g, flat(x), None, *options, None, mean, m2, None)
     return mean, m2
-
-
-def _statistic(view: View) -> Array:
-    """Return room for a value of every slot, which is 0 if there is nothing to see; many are memory that costs time."""
-    return np.empty(view.slots) if view.size else np.zeros(view.slots)
 
 
 def _options(view: View, epilogue: Epilogue, mask: Mask | None, gradient: bool = False) -> tuple[Any, ...]:
@@ -107,8 +102,8 @@ def forward(
     mask: Mask | None = None,
 ) -> tuple[Array | None, Array, Array]:
     """Normalize x with its own statistics into y; return mean (None if not centered), m2 and rstd."""
-    m2, slot_rstd = _statistic(view), _statistic(view)
-    mean = _statistic(view) if centered else None
+    room = np.empty if view.size else np.zeros
+    m2, slot_rstd, mean = room(view.slots), room(view.slots), room(view.slots) if centered else None
     if view.size:
         threads = threads_for(view.size)
         walk, g, team = start(view, threads, mask is not None, 2 * x.nbytes, x.dtype.char)

@@ -76,6 +76,8 @@ class Twins:
 
     def _shared(self, *args: Any) -> Any:
         """Run in parallel, if that is safe now."""
+        if team.shared:
+            return self.parallel(*args)
         leave = team.enter()
         if leave is None:
             return self.serial(*args)

@@ -27,7 +27,7 @@ class Team:
     def __init__(self) -> None:
         self.enabled = os.environ.get("NBNORM_PARALLEL", "1") != "0"
         self._started = False
-        self._shared = False  # whether callers at the same time may each have a team
+        self.shared = False  # whether callers at the same time may each have a team
         self._busy = threading.Lock()
         # Numba's own function, which starts the threads; it takes two locks, and once they run is not called again.
         self._count: Callable[[], int] = numba.get_num_threads
@@ -39,9 +39,7 @@ class Team:
         return int(self._count()) if self.enabled else 1
 
     def enter(self) -> Callable[[], None] | None:
-        """Return what is to be called at the end, or None where the kernel must stay serial."""
-        if self._shared:
-            return _nothing
+        """Take a team that is not shared; return what is to be called at the end, or None where there is none."""
         return self._busy.release if self._busy.acquire(blocking=False) else None
 
     def after_fork_in_child(self) -> None:
@@ -59,7 +57,7 @@ class Team:
             self.enabled = False
             _warn(f"nbnorm runs on one thread, since Numba has no threading layer: {error}")
         else:
-            self._shared = layer() in ("omp", "tbb")
+            self.shared = layer() in ("omp", "tbb")
             if layer() == "workqueue" != numba.config.THREADING_LAYER:  # type: ignore[attr-defined]
                 _warn(
                     "Numba found neither TBB nor OpenMP and fell back to its workqueue layer, which serves one caller "
@@ -101,10 +99,6 @@ class _ForkGuard:
                 f"this process was forked while another thread had been compiling for {PATIENCE:g} s; it will hang if "
                 "it compiles, too. Compile before you fork"
             )
-
-
-def _nothing() -> None:
-    pass
 
 
 def _warn(message: str) -> None:

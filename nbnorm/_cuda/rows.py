@@ -14,7 +14,7 @@ import numpy as np
 from numba import cuda
 
 from nbnorm._cuda.collective import SHARED, WARP, cluster_of, sync, team_sums, warp_sum
-from nbnorm._cuda.memory import BLOCK, FLOAT32, FLOAT64, change, get, load, put, real, store
+from nbnorm._cuda.memory import BLOCK, FLOAT32, FLOAT64, change, device, get, load, put, real, store
 from nbnorm._cuda.memory import kernel as compiled
 from nbnorm._cuda.pieces import (
     ABSENT,
@@ -121,6 +121,15 @@ def forward_kernel(b: Build, writes: bool) -> Any:
     return compiled(max(b.warps * WARP, BLOCK))(kernel)
 
 
+@device
+def leave_sums(parts, piece, dz, dz_x_hat, mean, mean_hi, rstd):
+    """Let a warp leave what its threads have summed, x_hat having been relative to the rounded mean."""
+    sum_dz, sum_dz_x_hat = np.float64(warp_sum(dz)), np.float64(warp_sum(dz_x_hat))
+    if cuda.threadIdx.x % WARP == 0:
+        put(parts, 2 * piece, sum_dz, FLOAT64)
+        put(parts, 2 * piece + 1, recentered(sum_dz_x_hat, sum_dz, mean, mean_hi, rstd), FLOAT64)
+
+
 @lru_cache(maxsize=256)
 def backward_kernel(b: Build, with_parameters: bool, writes_residual: bool) -> Any:
     """Sums and dx of one slot after the other, a band of neighbouring slots per team.
@@ -213,15 +222,16 @@ def backward_kernel(b: Build, with_parameters: bool, writes_residual: bool) -> A
                             a += dz
                             c += dz * held[j]
                         if by_run:
-                            wide_dz = np.float64(warp_sum(piece_dz))
-                            wide_dz_x_hat = np.float64(warp_sum(piece_dz_x_hat))
-                            if thread % WARP == 0:
-                                at = 2 * ((slot * values + (thread + k * team) * width) // (WARP * width))
-                                exact = recentered(
-                                    wide_dz_x_hat, wide_dz, slot_mean, np.float64(mean_hi), slot_rstd
-                                )
-                                put(parts, at, wide_dz, FLOAT64)
-                                put(parts, at + 1, exact, FLOAT64)
+                            piece = (slot * values + (thread + k * team) * width) // (WARP * width)
+                            leave_sums(
+                                parts,
+                                piece,
+                                piece_dz,
+                                piece_dz_x_hat,
+                                slot_mean,
+                                np.float64(mean_hi),
+                                slot_rstd,
+                            )
                         if writes_residual:
                             store(dresidual, place, incoming, k * width, kind, width)
                     place, column = next_place(place, column, jump, turn, length, pitch)
