@@ -34,7 +34,7 @@ class Call(NamedTuple):
     eps: float
     out: Array | None
     owned: bool  # whether all that came, and ``out``, surely own their memory, seen at a glance
-    apart: bool  # whether an ``out`` surely shares no memory with the rest
+    apart: bool  # whether ``out`` surely shares no memory with the rest, or there is none
 
 
 class Options(NamedTuple):
@@ -244,7 +244,7 @@ def normalize(
 
 
 def warn_of_zero_over_zero(call: Call, m2: Array) -> None:
-    """Warn as NumPy does where eps = 0 meets a slot without variance; on a device a look would wait for it."""
+    """For eps = 0, warn as NumPy does where it meets a slot without variance; on a device a look would wait for it."""
     if call.mask is not None and not call.mask.counts.all():
         return
     if call.view.size and isinstance(m2, np.ndarray) and not m2.all():

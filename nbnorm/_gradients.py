@@ -30,7 +30,7 @@ def backward(
 
     With a residual there is one more, dresidual; who wants all of ``names`` wants it, too.
     """
-    if type(saved) is not Saved or saved.norm != norm:
+    if type(saved) is not Saved or saved.norm != norm:  # small calls notice a look through the function
         check_saved(norm, saved)
     if need is names and _at_a_glance(dy, saved, out, len(names)):
         dx = _layout.empty_like(saved.x) if out is None else out[0]

@@ -19,7 +19,7 @@ from nbnorm._cpu import cut, grid, rows, spans
 from nbnorm._cpu.launch import shares
 from nbnorm._cpu.tiles import CHUNK
 from nbnorm._gradients import GRADIENTS
-from nbnorm._view import View, batch_view
+from nbnorm._view import View, batch_view, trailing_view
 
 # Beside the traversals: work that does not divide among two or four threads, enough of it to be shared out.
 SHARED_OUT = [
@@ -282,3 +282,22 @@ def test_gradients_of_rows(rng, inner, monkeypatch):
         for name, first, same in zip(GRADIENTS, found[0], other, strict=False):
             oracle.assert_same_bits(same, first, name)
     oracle.assert_same_bits(found[1][-1], found[3][-1], "dx of groups")
+
+
+@pytest.mark.parametrize("shape", [(1030, 40), (700, 300)], ids=str)
+def test_bands_of_a_task_leave_no_trace(shape, rng):
+    """Forward of rows has the same bits however many bands a task goes through, the last task having fewer."""
+    x = rng.standard_normal(shape, np.float32)
+    view = trailing_view(x.shape, x.strides, x.itemsize, 1)
+    chosen = spans.Cut(*spans.geometry(view, 1).tolist())
+    assert chosen.bands > 3
+    found = []
+    for bundle in (1, 3, chosen.bands):
+        y, statistics = np.full_like(x, np.nan), np.full((3, view.slots), np.nan)
+        g = np.array(chosen._replace(bundle=bundle))
+        rows.forward_kernel.serial(g, x.reshape(-1), y.reshape(-1), None, None, 1e-5, *statistics)
+        found.append([y, statistics])
+    for one in found[1:]:
+        for a, b in zip(one, found[0], strict=True):
+            oracle.assert_same_bits(a, b)
+            assert np.isfinite(a).all()

@@ -46,9 +46,9 @@ FETCHED = 1536
 BAND = 64
 MIN_BANDS = 8
 BAND_SIZE = 16384
-# Bands that a task of forward goes through, which sums nothing over them: as many as make BUNDLE values, if TASKS tasks
-# remain for each thread. They take 0.94 to 1 of the time of one by one (Emerald Rapids; benchmarks/choices.py, bands of
-# a task).
+# Bands that a task of forward goes through, which sums nothing over them: as many as make BUNDLE values, but not so
+# many that less than TASKS tasks remain for each thread, or that equal tasks leave threads idle. They take 0.94 to 1 of
+# the time of one by one (Emerald Rapids, two threads; benchmarks/choices.py, bands of a task).
 BUNDLE = 4 * CHUNK
 TASKS = 8
 
@@ -89,6 +89,8 @@ def geometry(view: View, threads: int, masked: bool = False, size: int = 0, lett
     streamed = worthwhile(size, inner, band * inner if period == 1 else inner, letter)
     bands = -(-samples // band)
     bundle = max(1, min(BUNDLE // max(band * period * inner, 1), bands // (TASKS * threads)))
+    while bundle > 1 and not shares(-(-bands // bundle), rows * chunks, threads):
+        bundle -= 1
     return np.array(Cut(rows, inner, period, band, bands, chunks, step, together, streamed, ahead, bundle))
 
 

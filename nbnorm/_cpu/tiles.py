@@ -37,8 +37,8 @@ from nbnorm._math import (
 # is longer than 32 additions, which keeps a float32 sum within about one part in ten million.
 PIECE = 1024
 WIDE_PIECE = 256  # of float64, whose accumulators are fewer and whose promise is tighter
-# Values, or columns, that a loop takes in one step at most. What is left over has sums of its own: added to those of
-# the whole steps one by one, it cost one variance in 20,000 its promise (tests/test_numerics.py).
+# Columns that a loop takes in one step at most. What is left over has sums of its own: added to those of the whole
+# steps one by one, it cost one variance in 20,000 its promise (tests/test_numerics.py).
 STEP = 64
 VECTOR = 16  # values of the widest vectors
 # Short segments, or samples, that a loop goes through at once: what it does once, as putting its accumulators together

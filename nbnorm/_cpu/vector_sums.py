@@ -40,21 +40,33 @@ def _vector_sums(typingctx, x, shift):
     def generate(context, builder, signature, args):
         walk = Walk(context, builder, x, args[0], shift)
         about = _everywhere(builder, args[1], walk.vector)
-        step = 4 if processor_has("avx512f") else 2  # vectors whose accumulators fit into the registers
-        totals, squares = (
-            [cgutils.alloca_once_value(builder, walk.zero) for _ in range(step)] for _ in range(2)
-        )
+        step = (
+            4 if processor_has("avx512f") else 2
+        )  # vectors whose accumulators fit into the registers, of AVX2 too
+        nothing = ir.Constant(walk.vector.element, 0.0)
+        whole = [cgutils.alloca_once_value(builder, nothing) for _ in range(2)]
+        parts = [[cgutils.alloca_once_value(builder, walk.zero) for _ in range(step)] for _ in range(2)]
 
-        def add(k, d):
+        def add(places, d):
             square = builder.fmul(d, d, flags=("contract",))
-            builder.store(builder.fadd(builder.load(totals[k]), d), totals[k])
-            builder.store(builder.fadd(builder.load(squares[k]), square, flags=("contract",)), squares[k])
+            total, squares = (builder.load(place) for place in places)
+            builder.store(builder.fadd(total, d), places[0])
+            builder.store(builder.fadd(squares, square, flags=("contract",)), places[1])
 
-        for k, values in walk.steps(step):
-            add(k, builder.fsub(values, about))
-        with walk.rest() as (values, counted):
-            add(step - 1, builder.select(counted, builder.fsub(values, about), walk.zero))
-        return context.make_tuple(builder, result, [_sum(builder, sums) for sums in (totals, squares)])
+        with walk.by_vectors() as (many, few):
+            with few:
+                for value in walk.values():
+                    add(whole, builder.fsub(value, args[1]))
+            with many:
+                for k, values in walk.steps(step):
+                    add((parts[0][k], parts[1][k]), builder.fsub(values, about))
+                with walk.rest() as (values, counted):
+                    d = builder.select(counted, builder.fsub(values, about), walk.zero)
+                    add((parts[0][-1], parts[1][-1]), d)
+                for place, vectors in zip(whole, parts, strict=True):
+                    builder.store(_sum(builder, vectors), place)
+        sums = [context.cast(builder, builder.load(place), shift, types.float64) for place in whole]
+        return context.make_tuple(builder, result, sums)
 
     return result(x, shift), generate
 
@@ -79,6 +91,17 @@ class Walk:
         self.vector = ir.VectorType(number, self._lanes)
         self.zero = ir.Constant(self.vector, None)
 
+    def by_vectors(self) -> Any:
+        """Branch by whether there are as many values as a vector has; `steps` and `rest` are for that case."""
+        return self._builder.if_else(self._builder.icmp_unsigned(">=", self._n, _SIZE(self._lanes)))
+
+    def values(self) -> Iterator[Any]:
+        """Emit what is done with each single value."""
+        builder = self._builder
+        with cgutils.for_range(builder, self._n) as loop:
+            value = builder.load(builder.gep(self._data, [loop.index]), align=self._align)
+            yield emit_widened(builder, value, self._dtype)
+
     def steps(self, count: int) -> Iterator[tuple[int, Any]]:
         """Emit what is done with the vector at each place of a step, then with those that fill none."""
         builder, size = self._builder, count * self._lanes
@@ -93,48 +116,20 @@ class Walk:
 
     @contextmanager
     def rest(self) -> Iterator[tuple[Any, Any]]:
-        """Emit what is done with the values that fill no vector, which of its lanes are these being the second thing.
-
-        They are the end of the last vector there is, or if there is none, the beginning of room for one.
-        """
+        """Emit what is done with what fills no vector: the last vector there is, and which of its lanes count."""
         builder, lanes = self._builder, self._lanes
         left = builder.urem(self._n, _SIZE(lanes))
-        lane = ir.Constant(ir.VectorType(_SIZE, lanes), list(range(lanes)))
         with builder.if_then(builder.icmp_unsigned("!=", left, _SIZE(0))):
-            many = builder.icmp_unsigned(">=", self._n, _SIZE(lanes))
-            with builder.if_else(many) as (by_vector, by_value):
-                with by_vector:
-                    last = self._load(builder.sub(self._n, _SIZE(lanes)))
-                    last_end = builder.block
-                with by_value:
-                    only = self._load_few()
-                    only_end = builder.block
-            values = builder.phi(self.vector)
-            values.add_incoming(last, last_end)
-            values.add_incoming(only, only_end)
-            first = builder.select(many, builder.sub(_SIZE(lanes), left), _SIZE(0))
-            end = builder.select(many, _SIZE(lanes), left)
-            bounds = (_everywhere(builder, bound, lane.type) for bound in (first, end))
-            beyond, before = (builder.icmp_unsigned("<", lane, bound) for bound in bounds)
-            yield values, builder.and_(before, builder.not_(beyond))
+            lane = ir.Constant(ir.VectorType(_SIZE, lanes), list(range(lanes)))
+            first = _everywhere(builder, builder.sub(_SIZE(lanes), left), lane.type)
+            values = self._load(builder.sub(self._n, _SIZE(lanes)))
+            yield values, builder.icmp_unsigned(">=", lane, first)
 
-    def _load(self, at: Any, data: Any = None) -> Any:
+    def _load(self, at: Any) -> Any:
         """Emit the vector of neighbours that begins somewhere."""
         builder, kind = self._builder, ir.VectorType(self._element, self._lanes)
-        place = builder.gep(self._data if data is None else data, [at])
-        values = builder.load(builder.bitcast(place, kind.as_pointer()), align=self._align)
-        return emit_widened(builder, values, self._dtype)
-
-    def _load_few(self) -> Any:
-        """Emit a vector of all values, if they are fewer than it has, and zeros."""
-        builder, kind = self._builder, ir.ArrayType(self._element, self._lanes)
-        room = cgutils.alloca_once(builder, kind)
-        builder.store(ir.Constant(kind, None), room)
-        first = builder.bitcast(room, self._element.as_pointer())
-        with cgutils.for_range(builder, self._n) as loop:
-            value = builder.load(builder.gep(self._data, [loop.index]), align=self._align)
-            builder.store(value, builder.gep(first, [loop.index]))
-        return self._load(_SIZE(0), first)
+        place = builder.bitcast(builder.gep(self._data, [at]), kind.as_pointer())
+        return emit_widened(builder, builder.load(place, align=self._align), self._dtype)
 
 
 def _everywhere(builder, value, kind):
@@ -148,7 +143,7 @@ def _everywhere(builder, value, kind):
 
 
 def _sum(builder, places):
-    """Emit the sum of all elements of some vectors in float64; halves are added to halves."""
+    """Emit the sum of all elements of some vectors; halves are added to halves."""
     vectors = [builder.load(place) for place in places]
     while len(vectors) > 1:
         vectors = [builder.fadd(a, b) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
@@ -159,5 +154,4 @@ def _sum(builder, places):
             ir.Constant(ir.VectorType(_LANE, half), list(range(first, first + half))) for first in (0, half)
         )
         vector = builder.fadd(*(builder.shuffle_vector(vector, vector, part) for part in parts))
-    value = builder.extract_element(vector, _LANE(0))
-    return value if value.type == ir.DoubleType() else builder.fpext(value, ir.DoubleType())
+    return builder.extract_element(vector, _LANE(0))

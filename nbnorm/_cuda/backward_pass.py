@@ -254,6 +254,9 @@ def _held_backward(
     lines = held_lines(view, width, registers_held(x, 4 if across else 2))
     if lines is None or (by_run and view.run % (WARP * lines.width)):
         return None
+    assert (
+        not by_run or view.outer == 1
+    )  # whose pieces then lie one behind the other, each whole for its warp
     build = line_build(view, x, lines, epilogue, mask, mean is not None)
     bands = row_bands(view, lines.blocks * lines.warps) if across else Bands(1, view.slots // view.period)
     size = view.slots if with_parameters and rule == SLOT else 0

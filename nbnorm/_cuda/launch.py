@@ -214,7 +214,10 @@ _configured = _configure if SIMULATED else lru_cache(maxsize=4096)(_configure)
 
 
 def runs_teams_of_blocks() -> bool:
-    """Whether eight blocks of the current device can be a team: small parts of a device may lack the room."""
+    """Whether eight blocks of the current device can be a team.
+
+    Small parts of a device may lack the room; other capabilities that have clusters have not been compiled for.
+    """
     if SIMULATED:
         return True
     device = cuda.get_current_device()

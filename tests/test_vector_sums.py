@@ -1,0 +1,41 @@
+"""Sums that are written in vectors: every length, type and place in memory, without a look at the neighbours."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from nbnorm._cpu.halves import computing, stored
+from nbnorm._cpu.launch import kernel
+from nbnorm._cpu.memory import row
+from nbnorm._cpu.vector_sums import vector_sums
+
+LENGTHS = [*range(1, 140), 255, 256, 257, 1000, 1023, 1024]
+
+
+@kernel
+def sums_of(x, first, n, shift, sums):
+    """Sums of some neighbours of a line."""
+    sums[0], sums[1] = vector_sums(row(x, first, n), shift)
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64], ids=lambda t: np.dtype(t).name
+)
+@pytest.mark.parametrize("aligned", [True, False])
+def test_every_length(dtype, aligned, rng):
+    """All values of a row count once, and NaN beside it does not."""
+    itemsize = np.dtype(dtype).itemsize
+    memory = np.zeros(1100 * itemsize + 1, np.uint8)
+    line = memory[:-1].view(dtype) if aligned else memory[1:].view(dtype)
+    kind = computing(np.dtype(dtype)).type
+    shift, sums = kind(0.7), np.zeros(2)
+    for n in LENGTHS:
+        first = int(rng.integers(1, 40))
+        line[:] = np.nan
+        values = line[first : first + n]
+        values[:] = (rng.standard_normal(n) * 2 + 1).astype(dtype)
+        sums_of(line if itemsize > 2 else stored(line), first, n, shift, sums)
+        d = values.astype(kind).astype(np.float64) - np.float64(shift)
+        tolerance = 64 * np.finfo(kind).eps
+        np.testing.assert_allclose(sums[0], d.sum(), rtol=0, atol=tolerance * np.abs(d).sum())
+        np.testing.assert_allclose(sums[1], (d * d).sum(), rtol=tolerance)
