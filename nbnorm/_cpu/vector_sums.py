@@ -40,9 +40,8 @@ def _vector_sums(typingctx, x, shift):
     def generate(context, builder, signature, args):
         walk = Walk(context, builder, x, args[0], shift)
         about = _everywhere(builder, args[1], walk.vector)
-        step = (
-            4 if processor_has("avx512f") else 2
-        )  # vectors whose accumulators fit into the registers, of AVX2 too
+        # Vectors whose accumulators fit into the registers, those of AVX2, too.
+        step = 4 if processor_has("avx512f") else 2
         nothing = ir.Constant(walk.vector.element, 0.0)
         whole = [cgutils.alloca_once_value(builder, nothing) for _ in range(2)]
         parts = [[cgutils.alloca_once_value(builder, walk.zero) for _ in range(step)] for _ in range(2)]
