@@ -103,7 +103,7 @@ def check_odd_addresses(cp: Any) -> None:
 def check_teams(cp: Any) -> None:
     """Slots of one block, of two, four and eight, and such as no team holds, give what they give on the CPU.
 
-    Of several segments, with an outlier, and a constant; masked, in halves, and with dx in the place of dy, too.
+    Of several segments, one of them constant, one wild; masked, in halves, and with dx in the place of dy, too.
     """
     rng = np.random.default_rng(1)
     for values in (8_192, 16_384, 16_392, 32_768, 65_536, 65_544, 131_072, 131_076):

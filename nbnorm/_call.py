@@ -231,8 +231,7 @@ def normalize(
     norm: str, call: Call, statistics: tuple[int, ...], centered: bool = True
 ) -> tuple[Array, Saved]:
     """Run a forward call whose every sample has statistics of its own, of the shape ``statistics``."""
-    if not call.apart:
-        keep_inputs(call)
+    keep_inputs(call)
     if call.mask is not None:
         call = counted(call)
     y, mean, m2, rstd = forward(call, centered)

@@ -128,8 +128,7 @@ def batch_norm_forward(
     call = _call.batch_call("batch_norm_forward", x, weight, bias, eps, channel_axis, out, options)
     settings = _batch.training(momentum, ddof, small_batch, nonfinite, renorm)
     size = _checks.virtual_batch_size(virtual_batch_size)
-    if not call.apart:
-        _call.keep_inputs(call)
+    _call.keep_inputs(call)
     if not training:
         return _batch.forward_eval(call, running_mean, running_var)
     y, saved, _ = _ghost.forward_training(

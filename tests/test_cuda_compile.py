@@ -212,7 +212,7 @@ def largest_teams():
         for rule in (SLOT, RUN, ELEMENT):
             for options in ({},) if rule == ELEMENT else ({}, SILU, every):
                 for make, arrays in (
-                    (forward, 1 + len(options) // 3),
+                    (forward, 1 + ("has_mask" in options)),
                     (backward, 4 if rule == ELEMENT else 2),
                 ):
                     steps = max(1, span // (arrays * size) // width)

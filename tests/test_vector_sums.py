@@ -3,7 +3,9 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from llvmlite import binding
 
+import processes
 from nbnorm._cpu.halves import computing, stored
 from nbnorm._cpu.launch import kernel
 from nbnorm._cpu.memory import row
@@ -39,3 +41,18 @@ def test_every_length(dtype, aligned, rng):
         tolerance = 64 * np.finfo(kind).eps
         np.testing.assert_allclose(sums[0], d.sum(), rtol=0, atol=tolerance * np.abs(d).sum())
         np.testing.assert_allclose(sums[1], (d * d).sum(), rtol=tolerance)
+
+
+@pytest.mark.skipif(
+    not binding.get_host_cpu_features().get("avx2"), reason="runs code for a processor with AVX2"
+)
+def test_every_length_with_sixteen_registers(tmp_path):
+    """Where fewer vectors are taken side by side."""
+    code = f"""
+import pytest
+from nbnorm._inner import processor_has
+assert processor_has("avx2") and not processor_has("avx512f")
+assert pytest.main(["-q", "-p", "no:cacheprovider", "-k", "test_every_length and not registers", {__file__!r}]) == 0
+"""
+    environment = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}
+    assert "8 passed" in "\n".join(processes.run(code, **environment, NUMBA_CACHE_DIR=tmp_path))

@@ -48,7 +48,8 @@ MIN_BANDS = 8
 BAND_SIZE = 16384
 # Bands that a task of forward goes through, which sums nothing over them: as many as make BUNDLE values, but not so
 # many that less than TASKS tasks remain for each thread, or that equal tasks leave threads idle. They take 0.94 to 1 of
-# the time of one by one (Emerald Rapids, two threads; benchmarks/choices.py, bands of a task).
+# the time of one by one (Emerald Rapids, two threads; benchmarks/choices.py, bands of a task). TASKS is reasoned: the
+# last task may have but one band.
 BUNDLE = 4 * CHUNK
 TASKS = 8
 

@@ -40,7 +40,7 @@ def moments(
         _column_moments(view, x, mask, mean, m2)
         return mean, m2
     width = width_for(view, [x], NO_EPILOGUE, mask)
-    lines = held_lines(view, width, registers_held(x, 1 if mask is None else 2))
+    lines = _held_lines(view, x, width, mask)
     if lines is not None:
         held_forward(view, lines, x, None, NO_EPILOGUE, 1.0, mask, mean, m2, None)
         return mean, m2
@@ -54,6 +54,11 @@ def moments(
     )  # fmt: skip
     _finish_moments(view, parts, lines.chunks, mean, m2)
     return mean, m2
+
+
+def _held_lines(view: View, x: Array, width: int, mask: Mask | None) -> Lines | None:
+    """Return the team that holds x of a slot, and its weights, None if there is none: the same for all verbs."""
+    return held_lines(view, width, registers_held(x, 1 if mask is None else 2))
 
 
 def _column_moments(view: View, x: Array, mask: Mask | None, mean: Array | None, m2: Array) -> None:
@@ -110,8 +115,7 @@ def forward(
     """Normalize x with its own statistics into y; return mean (None if not centered), m2 and rstd."""
     lines = None
     if view.traversal != "columns" and view.size:
-        registers = registers_held(x, 1 if mask is None else 2)
-        lines = held_lines(view, width_for(view, [x, y], epilogue, mask), registers)
+        lines = _held_lines(view, x, width_for(view, [x, y], epilogue, mask), mask)
     if lines is None:
         mean, m2 = moments(view, x, centered, mask)
         slot_rstd = rstd(m2, view.values if mask is None else mask.counts, eps)
