@@ -14,7 +14,6 @@ from nbnorm._cpu.lines import (
     input_grad_line,
     parameter_grad_four,
     parameter_grad_line,
-    short_apply_line,
     short_input_grad_line,
 )
 from nbnorm._cpu.memory import LINE, borrowed, fetch, part, row
@@ -31,7 +30,7 @@ from nbnorm._cpu.row_sums import (
     value_of,
 )
 from nbnorm._cpu.scratch import scratch, wide
-from nbnorm._cpu.short_slots import short_moments
+from nbnorm._cpu.short_slots import SLOTS, short_moments
 from nbnorm._cpu.spans import ROWS, samples_of, short_rows, span, unpack
 from nbnorm._cpu.stores import rounded_in_blocks, seam_like
 from nbnorm._cpu.streams import begin, finish, writer
@@ -94,7 +93,7 @@ def normalize_short(g, x, y, r, mean, rstd, weight, bias):
     """Normalize one of the rows that are taken together: they are short, and notice who could stream them."""
     first, n, p = span(g, r, 0)
     own = affine(mean, rstd, 1.0, 0.0, x)
-    short_apply_line(row(x, first, n), row(y, first, n), *own, part(weight, p, n), part(bias, p, n))
+    apply_line(row(x, first, n), row(y, first, n), *own, part(weight, p, n), part(bias, p, n))
 
 
 @inlined
@@ -111,7 +110,7 @@ def forward_bands(g, x, y, band, bands, weight, bias, eps, mean, m2, rstd):
     cut = unpack(g)
     x, y, seam, stream = borrowed(x), borrowed(y), seam_like(y), begin(y, cut.streamed)
     start, end = samples_of(g, band)[0], samples_of(g, band + bands - 1)[1]
-    shift, sums = scratch(cut.step, x), wide((3, cut.step))
+    shift, sums = scratch(SLOTS, x), wide((3, SLOTS))
     for first in range(start * cut.period, end * cut.period, cut.step):
         last = min(first + cut.step, end * cut.period)
         n = last - first

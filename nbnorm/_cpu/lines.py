@@ -22,8 +22,6 @@ def _line(x, y, mean_hi, rstd, rest, weight, bias):
 
 
 apply_line = loop(_line)
-# The same over a short row.
-short_apply_line = narrow_loop(_line)
 # The same for the few elements of a block, which then stay in registers.
 apply_block = inlined(_line)
 

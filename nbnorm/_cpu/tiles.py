@@ -250,8 +250,6 @@ def sums_about(x, weights, shift):
 @inlined
 def tile_sums(x, first, stride, rows, n, shift):
     """`vector_sums` of ``rows`` segments of ``n`` neighbours, ``stride`` apart, short ones four at once."""
-    if rows == 1 and n <= piece(x):  # as the loops below would have it, which short slots notice
-        return vector_sums(row(x, first, n), shift)
     total = squares = 0.0
     fours = in_fours(rows, n, x)
     for r in range(0, fours, FOUR):

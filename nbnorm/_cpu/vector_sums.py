@@ -8,8 +8,6 @@ forward of 24 MB of rows of 32 to 160 values takes 0.70 to 1 of as many copies, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,14 +15,14 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from nbnorm._cpu.halves import emit_widened, widen
-from nbnorm._cpu.row_type import data_of, size_of
+from nbnorm._cpu.halves import widen
+from nbnorm._cpu.memory import row
+from nbnorm._cpu.row_type import data_of, element, size_of
+from nbnorm._cpu.vectors import Walk, added, everywhere, total, totals, vector_of
 from nbnorm._inner import processor_has
-from nbnorm._math import emitted
+from nbnorm._math import emitted, is_none
 
-BYTES = 64  # of a vector
-
-_SIZE, _LANE = ir.IntType(64), ir.IntType(32)
+_SIZE = ir.IntType(64)
 
 
 def vector_sums(x, shift):
@@ -38,119 +36,115 @@ def _vector_sums(typingctx, x, shift):
     result = types.UniTuple(types.float64, 2)
 
     def generate(context, builder, signature, args):
-        walk = Walk(context, builder, x, args[0], shift)
-        about = _everywhere(builder, args[1], walk.vector)
-        # Vectors whose accumulators fit into the registers, those of AVX2, too.
-        step = 4 if processor_has("avx512f") else 2
-        nothing = ir.Constant(walk.vector.element, 0.0)
-        whole = [cgutils.alloca_once_value(builder, nothing) for _ in range(2)]
-        parts = [[cgutils.alloca_once_value(builder, walk.zero) for _ in range(step)] for _ in range(2)]
-
-        def add(places, d):
-            square = builder.fmul(d, d, flags=("contract",))
-            total, squares = (builder.load(place) for place in places)
-            builder.store(builder.fadd(total, d), places[0])
-            builder.store(builder.fadd(squares, square, flags=("contract",)), places[1])
-
-        with walk.by_vectors() as (many, few):
+        data, n = data_of(context, builder, x, args[0]), size_of(context, builder, x, args[0])
+        walk = Walk(context, builder, x, data, n, shift)
+        sums = [cgutils.alloca_once(builder, walk.vector.element) for _ in range(2)]
+        with _by_vectors(builder, n, walk.vector) as (many, few):
             with few:
-                for value in walk.values():
-                    add(whole, builder.fsub(value, args[1]))
+                for place, value in zip(sums, _value_sums(builder, walk, args[1]), strict=True):
+                    builder.store(value, place)
             with many:
-                for k, values in walk.steps(step):
-                    add((parts[0][k], parts[1][k]), builder.fsub(values, about))
-                with walk.rest() as (values, counted):
-                    d = builder.select(counted, builder.fsub(values, about), walk.zero)
-                    add((parts[0][-1], parts[1][-1]), d)
-                for place, vectors in zip(whole, parts, strict=True):
-                    builder.store(_sum(builder, vectors), place)
-        sums = [context.cast(builder, builder.load(place), shift, types.float64) for place in whole]
-        return context.make_tuple(builder, result, sums)
+                for place, vector in zip(sums, _lane_sums(builder, walk, args[1]), strict=True):
+                    builder.store(total(builder, vector), place)
+        own = [context.cast(builder, builder.load(place), shift, types.float64) for place in sums]
+        return context.make_tuple(builder, result, own)
 
     return result(x, shift), generate
 
 
-class Walk:
-    """Code that goes through a row vector by vector, in the type that is computed with.
+def vector_sums_of_rows(x, first, apart, n, rows, shift, sums, squares):
+    """`vector_sums` of rows of ``n`` neighbours that begin ``apart`` elements from each other, with the same bits.
 
-    Attributes
-    ----------
-    vector : llvmlite type
-        That of a vector.
-    zero : llvmlite constant
-        One of zeros.
+    As many rows as a vector has elements are put together side by side; ``sums``, if they are wanted, and ``squares``
+    have room for a multiple of as many.
     """
-
-    def __init__(self, context: Any, builder: Any, row: Any, value: Any, number: Any) -> None:
-        number = context.get_data_type(number)
-        self._builder, self._lanes = builder, BYTES // context.get_abi_sizeof(number)
-        self._dtype, self._element = row.dtype, context.get_data_type(row.dtype)
-        self._align = context.get_abi_sizeof(self._element) if row.aligned else 1
-        self._data, self._n = data_of(context, builder, row, value), size_of(context, builder, row, value)
-        self.vector = ir.VectorType(number, self._lanes)
-        self.zero = ir.Constant(self.vector, None)
-
-    def by_vectors(self) -> Any:
-        """Branch by whether there are as many values as a vector has; `steps` and `rest` are for that case."""
-        return self._builder.if_else(self._builder.icmp_unsigned(">=", self._n, _SIZE(self._lanes)))
-
-    def values(self) -> Iterator[Any]:
-        """Emit what is done with each single value."""
-        builder = self._builder
-        with cgutils.for_range(builder, self._n) as loop:
-            value = builder.load(builder.gep(self._data, [loop.index]), align=self._align)
-            yield emit_widened(builder, value, self._dtype)
-
-    def steps(self, count: int) -> Iterator[tuple[int, Any]]:
-        """Emit what is done with the vector at each place of a step, then with those that fill none."""
-        builder, size = self._builder, count * self._lanes
-        over = builder.urem(self._n, _SIZE(size))
-        whole = builder.sub(self._n, over)
-        with cgutils.for_range_slice(builder, _SIZE(0), whole, _SIZE(size), _SIZE) as (at, _):
-            for k in range(count):
-                yield k, self._load(builder.add(at, _SIZE(k * self._lanes)))
-        for k in range(count - 1):
-            with builder.if_then(builder.icmp_unsigned(">=", over, _SIZE((k + 1) * self._lanes))):
-                yield k, self._load(builder.add(whole, _SIZE(k * self._lanes)))
-
-    @contextmanager
-    def rest(self) -> Iterator[tuple[Any, Any]]:
-        """Emit what is done with what fills no vector: the last vector there is, and which of its lanes count."""
-        builder, lanes = self._builder, self._lanes
-        left = builder.urem(self._n, _SIZE(lanes))
-        with builder.if_then(builder.icmp_unsigned("!=", left, _SIZE(0))):
-            lane = ir.Constant(ir.VectorType(_SIZE, lanes), list(range(lanes)))
-            first = _everywhere(builder, builder.sub(_SIZE(lanes), left), lane.type)
-            values = self._load(builder.sub(self._n, _SIZE(lanes)))
-            yield values, builder.icmp_unsigned(">=", lane, first)
-
-    def _load(self, at: Any) -> Any:
-        """Emit the vector of neighbours that begins somewhere."""
-        builder, kind = self._builder, ir.VectorType(self._element, self._lanes)
-        place = builder.bitcast(builder.gep(self._data, [at]), kind.as_pointer())
-        return emit_widened(builder, builder.load(place, align=self._align), self._dtype)
+    for k in range(rows):
+        own_sum, squares[k] = vector_sums(row(x, first + k * apart, n), shift[k])
+        if sums is not None:
+            sums[k] = own_sum
 
 
-def _everywhere(builder, value, kind):
-    """Emit a vector of equal elements."""
-    nothing = ir.Constant(kind, ir.Undefined)
-    return builder.shuffle_vector(
-        builder.insert_element(nothing, value, _LANE(0)),
-        nothing,
-        ir.Constant(ir.VectorType(_LANE, kind.count), None),
-    )
+@emitted(vector_sums_of_rows)
+def _vector_sums_of_rows(typingctx, x, first, apart, n, rows, shift, sums, squares):
+    wanted = [i for i, target in enumerate((sums, squares)) if not is_none(target)]
+
+    def generate(context, builder, signature, args):
+        _, first, apart, n, rows, shifts, *targets = args
+        vector = vector_of(context, shift.dtype)
+        lanes, zero = _SIZE(vector.count), ir.Constant(vector, None)
+        x_data = data_of(context, builder, x, args[0])
+        results = {i: data_of(context, builder, (sums, squares)[i], targets[i]) for i in wanted}
+
+        def start(k):
+            data = builder.gep(x_data, [builder.add(first, builder.mul(k, apart))])
+            return Walk(context, builder, x, data, n, shift.dtype), element(
+                context, builder, shift, shifts, k
+            )
+
+        with _by_vectors(builder, n, vector) as (many, few):
+            with few, cgutils.for_range(builder, rows) as loop:
+                own = _value_sums(builder, *start(loop.index))
+                for i, data in results.items():
+                    value = context.cast(builder, own[i], shift.dtype, types.float64)
+                    builder.store(value, builder.gep(data, [loop.index]))
+            with many, cgutils.for_range_slice(builder, _SIZE(0), rows, lanes, _SIZE) as (at, _):
+                room = {i: cgutils.alloca_once(builder, vector, lanes) for i in wanted}
+                left = builder.sub(rows, at)
+                count = builder.select(builder.icmp_signed("<", left, lanes), left, lanes)
+                with cgutils.for_range(builder, count) as loop:
+                    own = _lane_sums(builder, *start(builder.add(at, loop.index)))
+                    for i in wanted:
+                        builder.store(own[i], builder.gep(room[i], [loop.index]))
+                with cgutils.for_range_slice(builder, count, lanes, _SIZE(1), _SIZE) as (k, _):
+                    for i in wanted:
+                        builder.store(zero, builder.gep(room[i], [k]))
+                for i, data in results.items():
+                    vectors = [builder.load(builder.gep(room[i], [_SIZE(k)])) for k in range(vector.count)]
+                    _store_wide(builder, totals(builder, vectors), builder.gep(data, [at]))
+        return context.get_dummy_value()
+
+    return types.none(x, *[types.intp] * 4, shift, sums, squares), generate
 
 
-def _sum(builder, places):
-    """Emit the sum of all elements of some vectors; halves are added to halves."""
-    vectors = [builder.load(place) for place in places]
-    while len(vectors) > 1:
-        vectors = [builder.fadd(a, b) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
-    (vector,) = vectors
-    while vector.type.count > 1:
-        half = vector.type.count // 2
-        parts = (
-            ir.Constant(ir.VectorType(_LANE, half), list(range(first, first + half))) for first in (0, half)
-        )
-        vector = builder.fadd(*(builder.shuffle_vector(vector, vector, part) for part in parts))
-    return builder.extract_element(vector, _LANE(0))
+def _by_vectors(builder: Any, n: Any, vector: Any) -> Any:
+    """Branch by whether ``n`` elements are as many as a vector has."""
+    return builder.if_else(builder.icmp_signed(">=", n, _SIZE(vector.count)))
+
+
+def _store_wide(builder: Any, vector: Any, data: Any) -> None:
+    """Store the elements of a vector as float64."""
+    wide = ir.VectorType(ir.DoubleType(), vector.type.count)
+    if vector.type != wide:
+        vector = builder.fpext(vector, wide)
+    builder.store(vector, builder.bitcast(data, wide.as_pointer()), align=8)
+
+
+def _add(builder: Any, places: Any, d: Any) -> None:
+    """Emit that a value, or a vector, and its square are added to sums."""
+    square = builder.fmul(d, d, flags=("contract",))
+    own, squares = (builder.load(place) for place in places)
+    builder.store(builder.fadd(own, d), places[0])
+    builder.store(builder.fadd(squares, square, flags=("contract",)), places[1])
+
+
+def _value_sums(builder: Any, walk: Walk, shift: Any) -> list[Any]:
+    """Emit both sums value by value."""
+    nothing = ir.Constant(walk.vector.element, 0.0)
+    places = [cgutils.alloca_once_value(builder, nothing) for _ in range(2)]
+    for value in walk.values():
+        _add(builder, places, builder.fsub(value, shift))
+    return [builder.load(place) for place in places]
+
+
+def _lane_sums(builder: Any, walk: Walk, shift: Any) -> list[Any]:
+    """Emit a vector for each sum: that of its elements."""
+    about = everywhere(builder, shift, walk.vector)
+    # Vectors whose accumulators fit into the registers, those of AVX2, too.
+    step = 4 if processor_has("avx512f") else 2
+    parts = [[cgutils.alloca_once_value(builder, walk.zero) for _ in range(2)] for _ in range(step)]
+    for k, values in walk.steps(step):
+        _add(builder, parts[k], builder.fsub(values, about))
+    with walk.rest() as (values, counted):
+        d = builder.select(counted, builder.fsub(values, about), walk.zero)
+        _add(builder, parts[-1], d)
+    return [added(builder, [builder.load(place) for place in places]) for places in zip(*parts, strict=True)]

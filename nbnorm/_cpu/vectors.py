@@ -1,0 +1,139 @@
+"""Code written in vectors: walks along rows, and sums of what vectors hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from nbnorm._cpu.halves import emit_widened
+
+BYTES = 64  # of a vector
+PART = 16  # bytes of one within which the processor moves elements most easily
+
+_SIZE, _LANE = ir.IntType(64), ir.IntType(32)
+
+
+def vector_of(context: Any, number: Any) -> Any:
+    """Return the type of a vector of numbers."""
+    number = context.get_data_type(number)
+    return ir.VectorType(number, BYTES // context.get_abi_sizeof(number))
+
+
+class Walk:
+    """Code that goes through the ``n`` elements of a row from ``data`` on, in the type that is computed with.
+
+    Attributes
+    ----------
+    vector : llvmlite type
+        That of a vector.
+    zero : llvmlite constant
+        One of zeros.
+    """
+
+    def __init__(self, context: Any, builder: Any, row: Any, data: Any, n: Any, number: Any) -> None:
+        self.vector = vector_of(context, number)
+        self.zero = ir.Constant(self.vector, None)
+        self._builder, self._lanes = builder, self.vector.count
+        self._dtype, self._element = row.dtype, context.get_data_type(row.dtype)
+        self._align = context.get_abi_sizeof(self._element) if row.aligned else 1
+        self._data, self._n = data, n
+
+    def values(self) -> Iterator[Any]:
+        """Emit what is done with each single value."""
+        builder = self._builder
+        with cgutils.for_range(builder, self._n) as loop:
+            value = builder.load(builder.gep(self._data, [loop.index]), align=self._align)
+            yield emit_widened(builder, value, self._dtype)
+
+    def steps(self, count: int) -> Iterator[tuple[int, Any]]:
+        """Emit what is done with the vector at each place of a step, then with those that fill none.
+
+        There are at least as many elements as a vector has, here and for `rest`.
+        """
+        builder, size = self._builder, count * self._lanes
+        over = builder.urem(self._n, _SIZE(size))
+        whole = builder.sub(self._n, over)
+        with cgutils.for_range_slice(builder, _SIZE(0), whole, _SIZE(size), _SIZE) as (at, _):
+            for k in range(count):
+                yield k, self._load(builder.add(at, _SIZE(k * self._lanes)))
+        for k in range(count - 1):
+            with builder.if_then(builder.icmp_unsigned(">=", over, _SIZE((k + 1) * self._lanes))):
+                yield k, self._load(builder.add(whole, _SIZE(k * self._lanes)))
+
+    @contextmanager
+    def rest(self) -> Iterator[tuple[Any, Any]]:
+        """Emit what is done with what fills no vector: the last vector there is, and which of its lanes count."""
+        builder, lanes = self._builder, self._lanes
+        left = builder.urem(self._n, _SIZE(lanes))
+        with builder.if_then(builder.icmp_unsigned("!=", left, _SIZE(0))):
+            lane = ir.Constant(ir.VectorType(_SIZE, lanes), list(range(lanes)))
+            first = everywhere(builder, builder.sub(_SIZE(lanes), left), lane.type)
+            values = self._load(builder.sub(self._n, _SIZE(lanes)))
+            yield values, builder.icmp_unsigned(">=", lane, first)
+
+    def _load(self, at: Any) -> Any:
+        """Emit the vector of neighbours that begins somewhere."""
+        builder, kind = self._builder, ir.VectorType(self._element, self._lanes)
+        place = builder.bitcast(builder.gep(self._data, [at]), kind.as_pointer())
+        return emit_widened(builder, builder.load(place, align=self._align), self._dtype)
+
+
+def everywhere(builder: Any, value: Any, kind: Any) -> Any:
+    """Emit a vector of equal elements."""
+    nothing = ir.Constant(kind, ir.Undefined)
+    first = builder.insert_element(nothing, value, _LANE(0))
+    return builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(_LANE, kind.count), None))
+
+
+def added(builder: Any, vectors: list[Any]) -> Any:
+    """Emit the sum of some vectors, pair by pair."""
+    while len(vectors) > 1:
+        vectors = [builder.fadd(a, b) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+    return vectors[0]
+
+
+def total(builder: Any, vector: Any) -> Any:
+    """Emit the sum of the elements of a vector: halves of it are added until one is left."""
+    while vector.type.count > 1:
+        half = vector.type.count // 2
+        vector = builder.fadd(*_picked(builder, vector, vector, list(range(half)), half))
+    return builder.extract_element(vector, _LANE(0))
+
+
+def totals(builder: Any, vectors: list[Any]) -> Any:
+    """Emit the vector of the `total` of as many vectors as each has elements, with the same bits.
+
+    Two vectors become one until one is left: it holds the halves of each, added.
+    """
+    lanes = len(vectors)
+    part = lanes * PART // BYTES
+    vectors = [vectors[i] for first in range(part) for i in range(first, lanes, part)]
+    width = lanes
+    while width > 1:
+        unit = lanes if width > part else part
+        lower = [
+            source + at + i
+            for start in range(0, lanes, unit)
+            for source in (0, lanes)
+            for at in range(start, start + unit, width)
+            for i in range(width // 2)
+        ]
+        vectors = [
+            builder.fadd(*_picked(builder, a, b, lower, width // 2))
+            for a, b in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+        width //= 2
+    return vectors[0]
+
+
+def _picked(builder: Any, a: Any, b: Any, lower: list[int], further: int) -> list[Any]:
+    """Emit the vector of some elements of two, and of those ``further`` on."""
+    kind = ir.VectorType(_LANE, len(lower))
+    return [
+        builder.shuffle_vector(a, b, ir.Constant(kind, [i + offset for i in lower]))
+        for offset in (0, further)
+    ]
