@@ -32,7 +32,11 @@ def short_moments(x, first, apart, slots, stride, rows, n, shift, sums, mean, m2
         shift[k] = rounded(0.0, x) if mean is None else nearby(row(x, i, n))
     total, squares, count = row(sums, (0, 0), slots), row(sums, (1, 0), slots), np.float64(rows * n)
     if rows == 1 and n <= piece(x):
-        vector_sums_of_rows(x, first, apart, n, slots, row(shift, 0, slots), total, squares)
+        own_shift = row(shift, 0, slots)
+        if mean is None:
+            vector_sums_of_rows(x, first, apart, n, slots, own_shift, None, squares)
+        else:
+            vector_sums_of_rows(x, first, apart, n, slots, own_shift, total, squares)
     else:
         for k in range(slots):
             total[k], squares[k] = tile_sums(x, first + k * apart, stride, rows, n, shift[k])
