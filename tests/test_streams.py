@@ -43,7 +43,7 @@ ENDLESS = 1 << 60
 def set_last_level(monkeypatch, size):
     """Let the last-level cache, which many cores share, have another size."""
     monkeypatch.setattr(streams, "told", lambda: ENDLESS)
-    monkeypatch.setattr(streams, "last_level", lambda: size)
+    monkeypatch.setattr(streams, "last_level", lambda threads: size)
     _cpu.start.cache_clear()
 
 
@@ -190,7 +190,7 @@ def store(block, y, first, past):
     stored.append(block.size)
     y[first : first + block.shape[0]] = block
 
-streams.store_block, streams.last_level = store, lambda: 0
+streams.store_block, streams.last_level = store, lambda threads: 0
 rng = np.random.default_rng(0)
 for norm, shape in (("batch", (2, 32, 14, 14)), ("batch", (13, 210)), ("layer", (9, 300))):
     stored = []
@@ -218,12 +218,12 @@ def test_only_the_ends_of_a_stretch_are_written_plainly():
 
 @pytest.mark.parametrize("letter", ["f", "d", *streams.LEAST_OF_HALVES])
 def test_what_is_streamed_follows_from_sizes(letter):
-    size = int(streams.FULL * streams.last_level())
+    size = int(streams.FULL * streams.last_level(2))
     shortest, stretch = streams.least(letter)
-    assert streams.worthwhile(size + 1, shortest, stretch, letter)
-    assert not streams.worthwhile(size, shortest, stretch, letter)
-    assert not streams.worthwhile(size + 1, shortest - 1, stretch, letter)
-    assert not streams.worthwhile(size + 1, shortest, stretch - 1, letter)
+    assert streams.worthwhile(size + 1, shortest, stretch, letter, 2)
+    assert not streams.worthwhile(size, shortest, stretch, letter, 2)
+    assert not streams.worthwhile(size + 1, shortest - 1, stretch, letter, 2)
+    assert not streams.worthwhile(size + 1, shortest, stretch - 1, letter, 2)
 
 
 def test_lanes_that_are_streamed_are_more_than_a_block_has():
@@ -268,22 +268,24 @@ def test_which_arrays_are_streamed(walk, planner, shape, expected):
 
 
 @pytest.mark.parametrize(
-    ("content", "size"),
+    ("content", "size", "at_hand"),
     [
-        ("32768K\n", 1 << 25),
-        ("1024K\n", 1 << 20),
-        ("307200K\n", 300 << 20),
-        ("0K\n", streams.MOST),
-        ("", streams.MOST),
-        (None, streams.MOST),
+        ("32768K\n", 1 << 25, 1 << 25),
+        ("1024K\n", 1 << 20, 1 << 20),
+        ("98304K\n", 96 << 20, streams.MOST),
+        ("307200K\n", 300 << 20, 2 * streams.SHARE),
+        ("0K\n", streams.MOST, streams.MOST),
+        ("", streams.MOST, streams.MOST),
+        (None, streams.MOST, streams.MOST),
     ],
 )
-def test_the_size_of_the_last_level(content, size, tmp_path, monkeypatch):
-    """What the system tells, unless that is nothing; then streaming everything would be slow."""
+def test_the_size_of_the_last_level(content, size, at_hand, tmp_path, monkeypatch):
+    """What the system tells, unless that is nothing, when streaming everything would be slow, or far away."""
     file = tmp_path / "size"
     if content is not None:
         file.write_text(content)
     monkeypatch.setattr(streams, "Path", lambda _: file)
     monkeypatch.setattr(streams, "told", streams.told.__wrapped__)
     assert streams.told() == size
-    assert streams.last_level() == min(size, streams.MOST)
+    assert streams.last_level(2) == at_hand
+    assert streams.last_level(64) == min(size, streams.MOST)

@@ -51,7 +51,7 @@ def geometry(view: View, threads: int, masked: bool = False, size: int = 0, lett
     chunks = -(-view.outer // rows) * -(-view.inner // cols)
     rule = (view.period, view.width, view.run)
     slots = together(view, threads, True)
-    streamed = worthwhile(size, min(view.run, cols), slots * cols, letter)
+    streamed = worthwhile(size, min(view.run, cols), slots * cols, letter, threads)
     if not streamed:
         slots = together(view, threads)
     return np.array(Cut(view.outer, view.group, view.inner, *rule, rows, cols, chunks, slots, streamed))

@@ -65,8 +65,8 @@ class Cut(NamedTuple):
 def geometry(view: View, threads: int, masked: bool = False, size: int = 0, letter: str = "f") -> np.ndarray:
     """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers.
 
-    Rows of a mask are not folded: a row of lanes has one weight. Threads make no difference here; ``size`` is that of
-    all arrays in bytes.
+    Rows of a mask are not folded: a row of lanes has one weight. ``size`` is that of all arrays in bytes; it and the
+    threads make no difference for the bits of a result.
     """
     width = view.group * view.inner
     fold = 1 if masked else max(1, min(WIDE // width, power_of_two(isqrt(view.outer) // FOLDING)))
@@ -85,7 +85,7 @@ def geometry(view: View, threads: int, masked: bool = False, size: int = 0, lett
     spare = view.outer % fold * width
     sizes = (view.batch, view.outer, view.group, view.inner, view.period, view.width, view.run)
     blocks, chunks = -(-lanes // block), -(-rows // chunk)
-    streamed = worthwhile(size, block, chunk * block if blocks == 1 else block, letter)
+    streamed = worthwhile(size, block, chunk * block if blocks == 1 else block, letter, threads)
     return np.array(Cut(*sizes, fold, block, chunk, lanes, rows, spare, blocks, chunks, streamed))
 
 

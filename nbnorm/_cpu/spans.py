@@ -11,7 +11,7 @@ import numpy as np
 
 from nbnorm._cpu.launch import inlined, shares
 from nbnorm._cpu.short_slots import SLOTS
-from nbnorm._cpu.streams import last_level, remote, worthwhile
+from nbnorm._cpu.streams import remote, told, worthwhile
 from nbnorm._cpu.tiles import CHUNK, FOUR, TILE, within
 from nbnorm._view import View
 
@@ -87,7 +87,7 @@ def geometry(view: View, threads: int, masked: bool = False, size: int = 0, lett
     together = ROWS if inner <= SHORT_PAIR else FOUR
     chunks = -(-inner // CHUNK)
     ahead = step if inner <= FETCHED and (step == 1 or remote()) else 0
-    streamed = worthwhile(size, inner, band * inner if period == 1 else inner, letter)
+    streamed = worthwhile(size, inner, band * inner if period == 1 else inner, letter, threads)
     bands = -(-samples // band)
     bundle = max(1, min(BUNDLE // max(band * period * inner, 1), bands // (TASKS * threads)))
     while bundle > 1 and not shares(-(-bands // bundle), rows * chunks, threads):
@@ -105,7 +105,7 @@ def long_rows(inner: int, letter: str) -> bool | None:
 
 def rows_together(rows: int, inner: int, size: int) -> int:
     """Return how many rows forward takes together, if x and y have ``size`` bytes."""
-    if size <= last_level() // 2 and not remote():
+    if size <= told() // 2 and not remote():
         return SLOTS if inner <= TILE and size <= rows * ROW else 1
     return min(SLOTS, PAST // max(inner, 1)) if inner <= PAST_ROW else 1
 

@@ -41,11 +41,16 @@ LEAST_OF_ROUNDED = (192, 2048)
 # all walks take 0.63 to 0.95 of the time from 24 MB on, backward, forward from 28 MB; forward 0.73 to 1.04 with 24,
 # 0.92 to 1.13 with 20, 1.3 to 1.53 with 16 (Zen 4; benchmarks/choices.py, streams, cases around the last-level cache).
 FULL = 0.75
-# Bytes of that cache at most, and of one of which the system does not tell. A larger one serves many cores: of
-# 300 MB that two of them see on Emerald Rapids they get data as slowly as from memory, and results past it take 0.5 to
-# 0.85 of the time from 40 MB (batch norm; columns 0.7 to 0.9, layer norm 0.9 to 1.14 up to 100 MB, 0.8 beyond; the
-# same); that they do from 24 MB on there, too, is reasoned.
+# Bytes of that cache at most, and of one of which the system does not tell; a larger one serves many cores.
 MOST = 1 << 25
+# Bytes of one from which on it is far from all of them: of 300 MB on Emerald Rapids, two get data as slowly as from
+# memory. More than what a few cores have to themselves, 96 MB at most.
+FAR = 100 << 20
+# What such a one counts for, for each thread. Past the caches, x and results of 8 MB and more together take two threads
+# 0.5 to 0.85 of the time, and 0.77 to 1.03 with a copy of the results behind it, as the next layer of a network reads
+# them; those of 4 to 6 MB 0.56 to 0.85, and 0.9 to 1.32 with that copy (Emerald Rapids; the same, streamed and read).
+# That it grows with the threads is reasoned: so does the second-level cache that they have together.
+SHARE = 5 << 20
 
 
 @lru_cache(maxsize=1)
@@ -58,20 +63,20 @@ def told() -> int:
         return MOST
 
 
-def last_level() -> int:
+def last_level(threads: int) -> int:
     """Return how much of the last-level cache is at hand."""
-    return min(told(), MOST)
+    return min(MOST, told() if told() < FAR else SHARE * threads)
 
 
 def remote() -> bool:
-    """Whether the last-level cache is one that many cores share, so that data from there take long."""
+    """Whether the last-level cache is one that many cores share, so that data from there may take long."""
     return told() > MOST
 
 
-def worthwhile(size: int, neighbours: int, stretch: int, letter: str) -> bool:
+def worthwhile(size: int, neighbours: int, stretch: int, letter: str, threads: int) -> bool:
     """Whether arrays of so many bytes together do not stay in the caches, and most lines of a stretch are whole."""
     least_neighbours, least_stretch = least(letter)
-    return neighbours >= least_neighbours and stretch >= least_stretch and size > FULL * last_level()
+    return neighbours >= least_neighbours and stretch >= least_stretch and size > FULL * last_level(threads)
 
 
 def least(letter: str) -> tuple[int, int]:
