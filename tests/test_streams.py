@@ -43,7 +43,7 @@ ENDLESS = 1 << 60
 def set_last_level(monkeypatch, size):
     """Let the last-level cache, which many cores share, have another size."""
     monkeypatch.setattr(streams, "told", lambda: ENDLESS)
-    monkeypatch.setattr(streams, "last_level", lambda threads: size)
+    monkeypatch.setattr(streams, "last_level", lambda *_: size)
     _cpu.start.cache_clear()
 
 
@@ -190,7 +190,7 @@ def store(block, y, first, past):
     stored.append(block.size)
     y[first : first + block.shape[0]] = block
 
-streams.store_block, streams.last_level = store, lambda threads: 0
+streams.store_block, streams.last_level = store, lambda *_: 0
 rng = np.random.default_rng(0)
 for norm, shape in (("batch", (2, 32, 14, 14)), ("batch", (13, 210)), ("layer", (9, 300))):
     stored = []
@@ -218,7 +218,7 @@ def test_only_the_ends_of_a_stretch_are_written_plainly():
 
 @pytest.mark.parametrize("letter", ["f", "d", *streams.LEAST_OF_HALVES])
 def test_what_is_streamed_follows_from_sizes(letter):
-    size = int(streams.FULL * streams.last_level(2))
+    size = int(streams.FULL * streams.last_level(2, letter))
     shortest, stretch = streams.least(letter)
     assert streams.worthwhile(size + 1, shortest, stretch, letter, 2)
     assert not streams.worthwhile(size, shortest, stretch, letter, 2)
@@ -287,5 +287,5 @@ def test_the_size_of_the_last_level(content, size, at_hand, tmp_path, monkeypatc
     monkeypatch.setattr(streams, "Path", lambda _: file)
     monkeypatch.setattr(streams, "told", streams.told.__wrapped__)
     assert streams.told() == size
-    assert streams.last_level(2) == at_hand
-    assert streams.last_level(64) == min(size, streams.MOST)
+    assert streams.last_level(2, "f") == at_hand
+    assert streams.last_level(64, "f") == streams.last_level(2, "e") == min(size, streams.MOST)
