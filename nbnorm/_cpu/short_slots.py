@@ -15,8 +15,8 @@ from nbnorm._cpu.tiles import careful_tile_moments, nearby, piece, tile_squares,
 from nbnorm._cpu.vector_sums import vector_sums_of_rows
 from nbnorm._math import rounded
 
-# Slots that are taken together: rows of 32 values take 0.9 of the time of eight together, half of that one by one
-# (Zen 4, benchmarks/choices.py, rows together).
+# Slots that are taken together, as many as the widest vectors have elements: rows of 32 values take 0.9 of the time of
+# eight together, half of that one by one (Zen 4, benchmarks/choices.py, rows together).
 SLOTS = 16
 
 
@@ -25,7 +25,7 @@ def short_moments(x, first, apart, slots, stride, rows, n, shift, sums, mean, m2
     """Mean and m2 of slots that begin ``apart`` elements from each other, each ``rows`` segments of ``n``.
 
     Without means, which are then taken as 0, a slot is one segment. ``shift`` and ``sums``, three rows, have room for
-    `SLOTS` values.
+    a multiple of `SLOTS` values.
     """
     for k in range(slots):
         i = first + k * apart

@@ -5,9 +5,9 @@ as a loop with accumulators of its own, since single values added to them cost a
 forward of 24 MB of rows of 32 to 160 values takes 0.70 to 1 of as many copies, of 96 values 0.70 to 0.81
 (benchmarks/bench_norms.py, ShortRows, before and after, together with `spans.BUNDLE`; Emerald Rapids).
 
-Putting together what vectors hold, element by element, was a quarter of what rows of 96 values take in cache. For as
-many rows as a vector has elements it is a quarter of the steps, none of which waits for the one before: in trials, rows
-of 20 to 192 values took 0.73 to 0.9 of the time in cache, float16 in memory 0.75 to 0.83 (Emerald Rapids).
+What vectors hold of as many rows as they have elements is put together side by side: a third of the steps, few of
+which wait for another. In trials, rows of 20 to 192 values took 0.73 to 0.9 of the time in cache, those of float16 in
+memory 0.75 to 0.83 (Emerald Rapids).
 """
 
 from __future__ import annotations
