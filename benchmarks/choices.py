@@ -61,9 +61,9 @@ WIDE = (
 )  # fmt: skip
 # Cases around the last-level cache and past it; of short and long segments, rows and columns.
 STREAMS = (
-    *(Case("batch", (n, 64, 64, 64)) for n in (4, 6, 8, 10, 12, 14, 16, 24, 64)),
-    *(Case("batch", (n, 256, 32, 32), channels_last=True) for n in (4, 6, 8, 10, 12, 14, 16, 24, 64)),
-    *(Case("layer", (n, 1024)) for n in (1024, 1536, 2048, 2560, 3072, 4096, 8192, 32768)),
+    *(Case("batch", (n, 64, 64, 64)) for n in (2, 3, 4, 6, 8, 10, 12, 14, 16, 24, 64)),
+    *(Case("batch", (n, 256, 32, 32), channels_last=True) for n in (2, 3, 4, 6, 8, 10, 12, 14, 16, 24, 64)),
+    *(Case("layer", (n, 1024)) for n in (512, 768, 1024, 1536, 2048, 2560, 3072, 4096, 8192, 32768)),
     *(Case("layer", ((1 << 24) // n, n)) for n in (64, 96, 128, 160, 192, 256, 384, 512, 768)),
     *(
         Case("batch", shape)
@@ -90,6 +90,13 @@ STREAMS = (
             ("batch", (167, 256, 28, 28), True),
             ("batch", (64, 512, 28, 28), True),
             ("batch", (64, 1024, 14, 14), True),
+            ("batch", (8, 64, 64, 64), False),
+            ("batch", (16, 256, 28, 28), False),
+            ("batch", (8, 256, 32, 32), True),
+            ("layer", (2048, 1024), False),
+            ("layer", (4096, 512), False),
+            ("layer", (1024, 4096), False),
+            ("layer", (8192, 512), False),
             ("layer", (65536, 256), False),
             ("layer", (65536, 512), False),
             ("layer", (32768, 1024), False),
@@ -366,7 +373,7 @@ def bundled() -> None:
 
 
 def streamed() -> None:
-    """Forward and backward passes whose results are written plainly, and past the caches."""
+    """Forward and backward passes whose results are written plainly, and past the caches; both with a copy behind."""
     for case in STREAMS:
         walk, kind = (rows, spans.Cut) if case.norm == "layer" else WALKS[case.channels_last]
         calls = {"forward": prepare("forward", case), "backward": prepare("backward", case)}

@@ -1,8 +1,9 @@
 """How kernels are compiled, and functions that only kernels call: these into what a kernel takes in, and no further.
 
-All but loops that also go over short rows are compiled for vectors as wide as the machine has. LLVM takes half of
-AVX-512 for Intel's processors, since the first that had it slowed down: in cache, halves take a tenth to a quarter less
-time with all of it, float32 up to a tenth; rows of 96 took a tenth more (Emerald Rapids).
+All but backward's loops that also go over short rows are compiled for vectors as wide as the machine has. LLVM takes
+half of AVX-512 for Intel's processors, since the first that had it slowed down: in cache, halves take a tenth to a
+quarter less time with all of it, float32 up to a tenth, forward of short rows, too (Emerald Rapids); their backward
+took a tenth more.
 
 Numba optimizes every function and turns it into machine code, and each of its callers does so again with all that it
 calls: what lies five calls deep is optimized six times, in a parallel loop nine times. When that ended here, serial

@@ -268,6 +268,32 @@ def test_which_arrays_are_streamed(walk, planner, shape, expected):
 
 
 @pytest.mark.parametrize(
+    ("walk", "view"),
+    [
+        (cut, batch_view((5, 64, 64, 64), (1 << 20, 1 << 14, 256, 4), 4, 1)),
+        (grid, batch_view((5120, 256), (1024, 4), 4, 1)),
+        (spans, trailing_view((1280, 1024), (4096, 4), 4, 1)),
+    ],
+)
+@pytest.mark.parametrize(
+    ("cache", "threads", "letter", "expected"),
+    [
+        (streams.FAR, 2, "f", 1),
+        (streams.FAR, 4, "f", 0),
+        (streams.FAR, 2, "e", 0),
+        (streams.FAR, 2, "E", 0),
+        (streams.FAR - 1, 2, "f", 0),
+    ],
+)
+def test_what_is_streamed_follows_from_threads_and_type(
+    walk, view, cache, threads, letter, expected, monkeypatch
+):
+    """10 MB of x and y, of which a far cache is full for two threads, not for four."""
+    monkeypatch.setattr(streams, "told", lambda: cache)
+    assert walk.Cut(*walk.geometry(view, threads, False, 10 << 20, letter).tolist()).streamed == expected
+
+
+@pytest.mark.parametrize(
     ("content", "size", "at_hand"),
     [
         ("32768K\n", 1 << 25, 1 << 25),

@@ -45,7 +45,7 @@ def geometry(view: View, threads: int, masked: bool = False, size: int = 0, lett
     """Return the `Cut` of a view as an array, the cheapest way to hand a kernel many integers.
 
     A mask makes no difference here; ``slots`` and ``streamed``, which follows from the ``size`` of all arrays in
-    bytes, make none for the bits of a result.
+    bytes, their type and the threads, make none for the bits of a result.
     """
     rows, cols = (1, CHUNK) if view.inner > CHUNK else (max(1, CHUNK // view.inner), view.inner)
     chunks = -(-view.outer // rows) * -(-view.inner // cols)

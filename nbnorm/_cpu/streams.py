@@ -41,14 +41,14 @@ LEAST_OF_ROUNDED = (192, 2048)
 # all walks take 0.63 to 0.95 of the time from 24 MB on, backward, forward from 28 MB; forward 0.73 to 1.04 with 24,
 # 0.92 to 1.13 with 20, 1.3 to 1.53 with 16 (Zen 4; benchmarks/choices.py, streams, cases around the last-level cache).
 FULL = 0.75
-# Bytes of that cache at most, and of one of which the system does not tell; a larger one serves many cores.
+# Bytes of that cache at most, and of one of which the system does not tell; a larger one mostly serves many cores.
 MOST = 1 << 25
 # Bytes of one from which on it is far from all of them: of 300 MB on Emerald Rapids, two get data as slowly as from
-# memory. More than what a few cores have to themselves, 96 MB at most.
+# memory. That others of 100 MB and more are like it is reasoned; the largest that a few cores have nearby have 96 MB.
 FAR = 100 << 20
 # What such a one counts for, for each thread. Past the caches, x and results of 8 MB and more together take two threads
 # 0.5 to 0.85 of the time, and 0.77 to 1.03 with a copy of the results behind it, as the next layer of a network reads
-# them; those of 4 to 6 MB 0.56 to 0.85, and 0.9 to 1.32 with that copy (Emerald Rapids; the same, streamed and read).
+# them; those of 4 to 6 MB 0.56 to 0.85, and 0.9 to 1.32 with that copy (Emerald Rapids; the same, streams).
 # That it grows with the threads is reasoned: so does the second-level cache that they have together. Half types gain
 # nothing: with 8 to 16 MB, float16 takes 0.92 to 1.07 of the time, once 1.21, with the copy 0.93 to 1.15, bfloat16 0.68
 # to 1.04, with the copy 0.95 to 1.13.
@@ -72,7 +72,7 @@ def last_level(threads: int, letter: str) -> int:
 
 
 def remote() -> bool:
-    """Whether the last-level cache is one that many cores share, so that data from there may take long."""
+    """Whether the last-level cache is mostly one that many cores share, so that data from there may take long."""
     return told() > MOST
 
 

@@ -107,9 +107,12 @@ def total(builder: Any, vector: Any) -> Any:
 def totals(builder: Any, vectors: list[Any]) -> Any:
     """Emit the vector of the `total` of as many vectors as each has elements, with the same bits.
 
-    Two vectors become one until one is left: it holds the halves of each, added.
+    Two vectors become one until one is left: it holds the halves of each, added. As long as halves are as wide as a
+    `PART`, those of whole vectors lie side by side, then those within each part; they come in the order that leaves the
+    total of the first in the first lane.
     """
     lanes = len(vectors)
+    assert lanes == vectors[0].type.count
     part = lanes * PART // BYTES
     vectors = [vectors[i] for first in range(part) for i in range(first, lanes, part)]
     width = lanes
