@@ -54,7 +54,7 @@ def test_every_length(dtype, aligned, rng):
     "dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64], ids=lambda t: np.dtype(t).name
 )
 def test_rows_side_by_side(dtype, rng):
-    """Any number of rows has the bits of one by one, and NaN between them does not count."""
+    """Any number of rows has the bits of one by one; NaN between them does not count, what is behind them is left."""
     kind = computing(np.dtype(dtype)).type
     one = np.zeros(2)
     for rows in (1, 2, 7, 8, 9, 15, 16, 17, 31, 40):
@@ -64,9 +64,10 @@ def test_rows_side_by_side(dtype, rng):
                 line[3 + k * apart :][:n] = (rng.standard_normal(n) * 2 + 1).astype(dtype)
             x = line if line.itemsize > 2 else stored(line)
             shift, room = rng.standard_normal(rows).astype(kind), -(-rows // 16) * 16
-            sums, squares, alone = np.full(room, np.nan), np.full(room, np.nan), np.full(room, np.nan)
+            sums, squares, alone = results = np.full((3, room + 1), np.nan)
             sums_of_rows(x, 3, apart, n, rows, shift, sums, squares)
             sums_of_rows(x, 3, apart, n, rows, shift, None, alone)
+            assert np.isnan(results[:, room]).all()
             for k in range(rows):
                 sums_of(x, 3 + k * apart, n, shift[k], one)
                 assert (sums[k], squares[k], alone[k]) == (one[0], one[1], one[1]), (rows, n, k)

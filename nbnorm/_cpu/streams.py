@@ -47,11 +47,11 @@ MOST = 1 << 25
 # memory. That others of 100 MB and more are like it is reasoned; the largest that a few cores have nearby have 96 MB.
 FAR = 100 << 20
 # What such a one counts for, for each thread. Past the caches, x and results of 8 MB and more together take two threads
-# 0.5 to 0.85 of the time, and 0.77 to 1.03 with a copy of the results behind it, as the next layer of a network reads
-# them; those of 4 to 6 MB 0.56 to 0.85, and 0.9 to 1.32 with that copy (Emerald Rapids; the same, streams).
-# That it grows with the threads is reasoned: so does the second-level cache that they have together. Half types gain
-# nothing: with 8 to 16 MB, float16 takes 0.92 to 1.07 of the time, once 1.21, with the copy 0.93 to 1.15, bfloat16 0.68
-# to 1.04, with the copy 0.95 to 1.13.
+# 0.5 to 0.85 of the time, and 0.77 to 1.01 with a copy of the results behind it, as the next layer of a network reads
+# them; those of 4 to 6 MB 0.56 to 0.85, and 0.9 to 1.26 with that copy (Emerald Rapids; the same, streams). What lies
+# between is not measured; that it grows with the threads is reasoned: so does the second-level cache that they have
+# together. Half types gain nothing: with 8 to 16 MB, float16 takes 0.92 to 1.07 of the time, once 1.21, with the copy
+# 0.93 to 1.15, bfloat16 0.68 to 1.04, with the copy 0.95 to 1.13.
 SHARE = 5 << 20
 
 
