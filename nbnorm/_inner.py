@@ -71,22 +71,16 @@ class LoopCode(ElementCode, PartCode):
         self._finalized = True
 
 
-class TwoVectorsCode(LoopCode):
-    """Such code of loops that take two vectors side by side, whatever else they compute.
+class FourVectorsCode(LoopCode):
+    """Such code of loops that take four vectors side by side, whatever else they compute.
 
     LLVM would choose by the registers that are left, so that the order of a sum would depend on what is summed.
     """
 
-    vectors = 2
-
-
-class FourVectorsCode(LoopCode):
-    """Such code of loops that take four vectors side by side, whatever else they compute."""
-
     vectors = 4
 
 
-class NarrowLoopCode(TwoVectorsCode):
+class NarrowLoopCode(LoopCode):
     """Such code of loops that also go over short rows, which four of the widest vectors, LLVM's choice, would not fill.
 
     Two at a time, backward of rows of 32 to 96 values takes 0.88 to 0.9 of the time (benchmarks/bench_norms.py,
@@ -94,7 +88,7 @@ class NarrowLoopCode(TwoVectorsCode):
     cache as long (Zen 4).
     """
 
-    bits = 256
+    bits, vectors = 256, 2
 
 
 class InnerCode(PartCode):
@@ -194,12 +188,6 @@ class Loop(Part):
     """Numba's compiler for loops that kernels take in."""
 
     code = LoopCode
-
-
-class TwoVectors(Part):
-    """Numba's compiler for loops that take two vectors side by side."""
-
-    code = TwoVectorsCode
 
 
 class FourVectors(Part):

@@ -8,8 +8,8 @@ from llvmlite import binding
 import processes
 from nbnorm._cpu.halves import computing, stored
 from nbnorm._cpu.launch import kernel
-from nbnorm._cpu.memory import part, row
-from nbnorm._cpu.vector_sums import vector_sums, vector_sums_of_rows
+from nbnorm._cpu.memory import row
+from nbnorm._cpu.vector_sums import ROWS, held_like, held_totals, hold_grad_sums, hold_sums, vector_sums
 
 LENGTHS = [*range(1, 140), 255, 256, 257, 1000, 1023, 1024]
 
@@ -21,10 +21,26 @@ def sums_of(x, first, n, shift, sums):
 
 
 @kernel
-def sums_of_rows(x, first, apart, n, rows, shift, sums, squares):
-    """Sums of some rows of a line."""
-    places = part(sums, 0, squares.shape[0]), row(squares, 0, squares.shape[0])
-    vector_sums_of_rows(row(x, 0, x.shape[0]), first, apart, n, rows, row(shift, 0, rows), *places)
+def sums_of_rows(x, first, apart, n, shift, sums):
+    """Sums of some rows of a line, put together."""
+    rows = shift.shape[0]
+    held = held_like(x)
+    for k in range(rows):
+        hold_sums(row(x, first + k * apart, n), 0, 1, shift[k], held, k)
+    for which in range(2):
+        held_totals(held, which, rows, row(sums, (which, 0), ROWS))
+
+
+@kernel
+def grad_sums_of_rows(x, dz, first, apart, n, segments, stride, mean_hi, rstd, sums):
+    """Sums of dz and of dz * x_hat of some rows of a line, each some segments."""
+    rows = mean_hi.shape[0]
+    held = held_like(x)
+    for k in range(rows):
+        i = first + k * apart
+        hold_grad_sums(row(x, i, n), stride, row(dz, i, n), stride, segments, mean_hi[k], rstd[k], held, k)
+    for which in range(2):
+        held_totals(held, which, rows, row(sums, (which, 0), ROWS))
 
 
 @pytest.mark.parametrize(
@@ -57,20 +73,44 @@ def test_rows_side_by_side(dtype, rng):
     """Any number of rows has the bits of one by one; NaN between them does not count, what is behind them is left."""
     kind = computing(np.dtype(dtype)).type
     one = np.zeros(2)
-    for rows in (1, 2, 7, 8, 9, 15, 16, 17, 31, 40):
+    for rows in (1, 2, 7, 8, 9, 15, 16):
         for n, apart in ((1, 1), (5, 9), (8, 8), (15, 15), (16, 20), (17, 17), (96, 96), (100, 131)):
             line = np.full(3 + rows * apart, np.nan).astype(dtype)
             for k in range(rows):
                 line[3 + k * apart :][:n] = (rng.standard_normal(n) * 2 + 1).astype(dtype)
             x = line if line.itemsize > 2 else stored(line)
-            shift, room = rng.standard_normal(rows).astype(kind), -(-rows // 16) * 16
-            sums, squares, alone = results = np.full((3, room + 1), np.nan)
-            sums_of_rows(x, 3, apart, n, rows, shift, sums, squares)
-            sums_of_rows(x, 3, apart, n, rows, shift, None, alone)
-            assert np.isnan(results[:, room]).all()
+            shift, sums = rng.standard_normal(rows).astype(kind), np.full((3, ROWS), np.nan)
+            sums_of_rows(x, 3, apart, n, shift, sums)
+            assert np.isnan(sums[2]).all()
             for k in range(rows):
                 sums_of(x, 3 + k * apart, n, shift[k], one)
-                assert (sums[k], squares[k], alone[k]) == (one[0], one[1], one[1]), (rows, n, k)
+                assert tuple(sums[:2, k]) == tuple(one), (rows, n, k)
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64], ids=lambda t: np.dtype(t).name
+)
+def test_gradients_of_segments(dtype, rng):
+    """Segments of a row count once each, in sums of any rows; NaN between segments and rows does not."""
+    kind = computing(np.dtype(dtype)).type
+    eps = np.finfo(kind).eps
+    for rows, segments in ((1, 1), (3, 2), (8, 4), (13, 1), (16, 3)):
+        for n, apart in ((1, 2), (5, 5), (15, 17), (16, 16), (17, 17), (33, 40), (64, 64), (196, 200)):
+            stride = rows * apart + 3
+            x, dz = (np.full(5 + segments * stride, np.nan).astype(dtype) for _ in range(2))
+            counted = 5 + np.add.outer(np.arange(segments) * stride, np.arange(rows) * apart)[..., np.newaxis]
+            counted = counted + np.arange(n)
+            for line in (x, dz):
+                line[counted] = (rng.standard_normal(counted.shape) + 1).astype(dtype)
+            mean_hi, rstd = rng.standard_normal((2, rows)).astype(kind)
+            sums = np.full((3, ROWS), np.nan)
+            given = [line if line.itemsize > 2 else stored(line) for line in (x, dz)]
+            grad_sums_of_rows(*given, 5, apart, n, segments, stride, mean_hi, rstd, sums)
+            own_x, own_dz = (line[counted].astype(np.float64) for line in (x, dz))
+            terms = own_dz, own_dz * ((own_x - mean_hi[:, np.newaxis]) * rstd[:, np.newaxis])
+            for found, term in zip(sums, terms, strict=False):
+                error = np.abs(found[:rows] - term.sum(axis=(0, 2)))
+                assert (error <= 8 * eps * (np.abs(term) + 1).sum(axis=(0, 2))).all(), (rows, segments, n)
 
 
 @pytest.mark.skipif(
@@ -82,7 +122,7 @@ def test_with_sixteen_registers(tmp_path):
 import pytest
 from nbnorm._inner import processor_has
 assert processor_has("avx2") and not processor_has("avx512f")
-assert pytest.main(["-q", "-p", "no:cacheprovider", "-k", "test_every_length or rows", {__file__!r}]) == 0
+assert pytest.main(["-q", "-p", "no:cacheprovider", "-k", "test_every_length or rows or segments", {__file__!r}]) == 0
 """
     environment = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}
-    assert "12 passed" in "\n".join(processes.run(code, **environment, NUMBA_CACHE_DIR=tmp_path))
+    assert "16 passed" in "\n".join(processes.run(code, **environment, NUMBA_CACHE_DIR=tmp_path))

@@ -110,8 +110,7 @@ def forward_bands(g, x, y, band, bands, weight, bias, eps, mean, m2, rstd):
     cut = unpack(g)
     x, y, seam, stream = borrowed(x), borrowed(y), seam_like(y), begin(y, cut.streamed)
     start, end = samples_of(g, band)[0], samples_of(g, band + bands - 1)[1]
-    room = -(-cut.step // SLOTS) * SLOTS  # as `short_moments` wants it
-    shift, sums = scratch(room, x), wide((3, room))
+    shift, sums = scratch(SLOTS, x), wide((4, SLOTS))
     for first in range(start * cut.period, end * cut.period, cut.step):
         last = min(first + cut.step, end * cut.period)
         n = last - first

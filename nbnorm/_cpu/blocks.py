@@ -12,7 +12,7 @@ from nbnorm._cpu.grid import lanes_in, locate, rows_end, rows_in_one, unpack
 from nbnorm._cpu.lane_grads import chunk_lane_grad_sums, line_sum
 from nbnorm._cpu.lane_merges import merge_sets, slot_moments
 from nbnorm._cpu.lane_moments import chunk_lane_moments, total_weight
-from nbnorm._cpu.lane_terms import affine_rows, gain_rows, gradient_term_rows, settle_runs, weighted_rows
+from nbnorm._cpu.lane_terms import add_chunks, affine_rows, fill_gradient_terms, repeat, settle_runs
 from nbnorm._cpu.lanes import apply_row, copy_row, fill, input_grad_row, row_weight
 from nbnorm._cpu.launch import allocating, helper, inlined, loop
 from nbnorm._cpu.memory import borrowed, entry, part, row
@@ -103,9 +103,7 @@ def spread(g, own, terms, first, end, run):
     cut = unpack(g)
     for k in range(first, end):
         values = row(terms, (k, 0), terms.shape[1])
-        if run > 1:
-            for i in range(own.width // run - 1, -1, -1):
-                fill(row(values, i * run, run), values[i])
+        repeat(values, own.width // run, run)
         for f in range(1, cut.fold):
             copy_row(row(values, f * own.width, own.width), row(values, 0, own.width))
         if cut.streamed and cut.blocks == 1:  # with more lanes than a block has elements (`streams.LEAST`)
@@ -171,7 +169,7 @@ def chunk_grad_sums(g, x, dy, residual, activation, weights, index, chunk, terms
     chunk_lane_grad_sums(
         x, dy, residual, rows_weights(weights, own.batch, start, whole), activation,
         own.base + start * cut.lanes + own.lane, cut.lanes, whole, cut.spare if end > cut.rows else 0,
-        terms, scratch((2, own.lanes), x), room((4, 2, cut.block), x, weights), lane_sums[chunk],
+        terms, scratch((2, own.lanes), x), room((4, 2, cut.block), x, weights, None), lane_sums[chunk],
     )  # fmt: skip
 
 
@@ -179,12 +177,9 @@ def chunk_grad_sums(g, x, dy, residual, activation, weights, index, chunk, terms
 def block_grad_sums(g, index, mean, rstd, terms, lane_sums, slot_sums):
     """Add chunks and folds of a block up, then the lanes of each run."""
     cut, own = unpack(g), locate(g, index)
+    add_chunks(lane_sums, cut.chunks, own.lanes)
     top = lane_sums[0]
     for k in (0, 2):
-        total, rest = row(top, (k, 0), own.lanes), row(top, (k + 1, 0), own.lanes)
-        for chunk in range(1, cut.chunks):
-            add_rows(total, rest, row(lane_sums, (chunk, k, 0), own.lanes))
-            add_rows(total, rest, row(lane_sums, (chunk, k + 1, 0), own.lanes))
         total, rest = row(top, (k, 0), own.width), row(top, (k + 1, 0), own.width)
         for f in range(1, cut.fold):
             add_rows(total, rest, row(top, (k, f * own.width), own.width))
@@ -221,17 +216,13 @@ def spread_gradient_terms(
 ):
     """Lay the coefficients of `input_gradient` out along the lanes of a block, behind mean and rstd."""
     cut, own = unpack(g), locate(g, index)
-    slots, n = own.slots, own.slots * cut.width
-    sum_g, sum_g_x_hat, factors = row(pool, (0, 0), slots), row(pool, (1, 0), slots), row(pool, (2, 0), slots)
-    own_weight = part(weight, within(own.slot, cut.period) * cut.width, n)
-    weighted_rows(sum_g, own_weight, row(slot_sums, (0, own.slot, 0), n), cut.width)
-    weighted_rows(sum_g_x_hat, own_weight, row(slot_sums, (1, own.slot, 0), n), cut.width)
-    means, rstds, slopes, offsets, gains = term_rows(terms, 0, n)
-    gradient_term_rows(
-        means, rstds, slopes, offsets, factors, row(mean, own.slot, slots), row(rstd, own.slot, slots),
-        sum_g, sum_g_x_hat, slot_count(count, counts, own.slot, cut.period), constant, weights is not None, terms,
+    n = own.slots * cut.width
+    fill_gradient_terms(
+        row(mean, own.slot, own.slots), row(rstd, own.slot, own.slots),
+        part(weight, within(own.slot, cut.period) * cut.width, n), cut.width,
+        row(slot_sums, (0, own.slot, 0), n), row(slot_sums, (1, own.slot, 0), n),
+        slot_count(count, counts, own.slot, cut.period), constant, weights is not None, pool, terms, 0,
     )  # fmt: skip
-    gain_rows(gains, factors, own_weight, cut.width, terms)
     spread(g, own, terms, 0, 4, cut.inner)
     spread(g, own, terms, 4, 5, cut.run)
 

@@ -9,7 +9,7 @@ import numpy as np
 from nbnorm._cpu.launch import helper, shares
 from nbnorm._cpu.memory import part
 from nbnorm._cpu.streams import worthwhile
-from nbnorm._cpu.tiles import CHUNK
+from nbnorm._cpu.tiles import CHUNK, within
 from nbnorm._view import View
 
 # Elements of the neighbouring slots that a task goes through together, as long as there are some tasks for each thread:
@@ -95,6 +95,12 @@ def positions(weights, cut, r, j, start, n):
 
 
 @helper
+def at_once(cut, slots, cols):
+    """How many of some slots are walked at once, and columns then: whole segments of neighbours make one long one."""
+    return (slots, slots * cols) if cols == cut.inner else (1, cols)
+
+
+@helper
 def runs(c0, cols, run):
     """First run and one past the last run that the columns [c0, c0 + cols) meet."""
     return c0 // run, -(-(c0 + cols) // run)
@@ -105,6 +111,12 @@ def bounds(cut, j, c0, cols):
     """First column of run ``j`` within [c0, c0 + cols), and how many there are."""
     start = max(c0, j * cut.run)
     return start, min(c0 + cols, (j + 1) * cut.run) - start
+
+
+@helper
+def alike(cut, slot, end):
+    """How many slots from one on, before an end, have neighbouring parameters, and one row of a mask."""
+    return min(cut.period - within(slot, cut.period), end - slot)
 
 
 @helper

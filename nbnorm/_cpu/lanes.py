@@ -40,6 +40,13 @@ def copy_row(target, source):
         target[i] = source[i]
 
 
+@called
+def add_row(total, values):
+    """Add one row to another."""
+    for i in range(total.shape[0]):
+        total[i] += values[i]
+
+
 @reduction
 def summed(values):
     """Sum of a row of lanes."""

@@ -11,7 +11,7 @@ from numba import njit
 from nbnorm._cpu.cache import Cache
 from nbnorm._cpu.halves import computing, stored
 from nbnorm._cpu.team import team
-from nbnorm._inner import Called, FourVectors, Inlined, Loop, NarrowLoop, Outer, TwoVectors, Wide
+from nbnorm._inner import Called, FourVectors, Inlined, Loop, NarrowLoop, Outer, Wide
 from nbnorm._math import inner
 
 # Elements below which waking a team of threads costs more than it saves (benchmarks/bench_batch_norm.py, Small).
@@ -42,7 +42,6 @@ contracted = inner(pipeline_class=Loop, fastmath={"contract"})
 _REDUCTION: dict[str, Any] = {"fastmath": {"reassoc", "contract"}, "forceinline": True}
 reduction = inner(pipeline_class=Loop, **_REDUCTION)
 # Sums whose order must not depend on what is summed: those of a dz that is given, and of one that a loop computes.
-two_vector_reduction = inner(pipeline_class=TwoVectors, **_REDUCTION)
 four_vector_reduction = inner(pipeline_class=FourVectors, **_REDUCTION)
 # For short rows, and for loops that longer ones do not mind in vectors half as wide.
 narrow_loop = inner(pipeline_class=NarrowLoop, forceinline=True)

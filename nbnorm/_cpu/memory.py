@@ -114,3 +114,13 @@ def _fetch(typingctx, x, i):
         return context.get_dummy_value()
 
     return types.none(x, types.intp), generate
+
+
+def emit_room(context, builder, result, n):
+    """Emit a row of ``n`` elements of room on the stack, which begins with a line of memory."""
+    element = context.get_data_type(result.dtype)
+    with builder.goto_entry_block():
+        room = builder.alloca(ir.ArrayType(element, n))
+    room.align = LINE
+    data = builder.bitcast(room, element.as_pointer())
+    return emit_row(context, builder, result, data, context.get_constant(types.intp, n))

@@ -18,19 +18,16 @@ from __future__ import annotations
 from numba import prange
 
 from nbnorm._cpu.cut import fused, geometry, neighbours, tasks, unpack
-from nbnorm._cpu.lanes import fill
 from nbnorm._cpu.launch import Twins
-from nbnorm._cpu.memory import row
-from nbnorm._cpu.scratch import wide
-from nbnorm._cpu.slots import (
-    add_chunks,
-    apply_chunk,
+from nbnorm._cpu.scratch import scratch, wide
+from nbnorm._cpu.slot_grads import (
     chunk_grad_sums,
-    chunk_moments,
+    fill_for_sums,
     fill_terms,
     input_grad_chunk,
-    merge_chunks,
+    slot_grad_sums,
 )
+from nbnorm._cpu.slots import apply_chunk, chunk_moments, fill_affine, merge_chunks
 
 __all__ = [
     "backward_kernel",
@@ -46,16 +43,17 @@ __all__ = [
 def forward_kernel(g, x, y, weight, bias, residual, activation, weights, counts, eps, mean, m2, rstd):
     """Some slots per task: their moments, then their normalization from cache."""
     cut = unpack(g)
-    group, chunks, together = cut.group, cut.chunks, cut.slots
+    group, chunks, together, n = cut.group, cut.chunks, cut.slots, cut.slots * cut.width
     moments = wide((group * chunks, 4))
     for task in prange(-(-group // together)):
         first = task * together
-        slots = min(together, group - first)
+        slots, terms = min(together, group - first), scratch((3, n), x)
         for chunk in range(chunks):
             chunk_moments(g, x, weights, first, slots, chunk, moments)
         merge_chunks(g, counts, first, slots, moments, eps, mean, m2, rstd)
+        fill_affine(g, first, slots, mean, rstd, weight, bias, terms, 0)
         for chunk in range(chunks):
-            apply_chunk(g, x, y, first, slots, chunk, mean, rstd, weight, bias, residual, activation)
+            apply_chunk(g, x, y, first, slots, chunk, terms, residual, activation)
 
 
 @Twins
@@ -65,16 +63,21 @@ def passes_kernel(g, x, y, weight, bias, residual, activation, weights, counts, 
     Without eps there is no rstd of these moments; without moments, mean and rstd are given.
     """
     cut = unpack(g)
+    group, together = cut.group, cut.slots
     if m2 is not None:
-        moments = wide((cut.group * cut.chunks, 4))
+        moments = wide((group * cut.chunks, 4))
         for task in prange(tasks(g)):
             slot, slots, chunk = neighbours(g, task)
             chunk_moments(g, x, weights, slot, slots, chunk, moments)
-        merge_chunks(g, counts, 0, cut.group, moments, eps, mean, m2, rstd)
+        merge_chunks(g, counts, 0, group, moments, eps, mean, m2, rstd)
     if y is not None:
+        terms = scratch((-(-group // together), 3, together * cut.width), x)
+        for i in range(terms.shape[0]):
+            slot = i * together
+            fill_affine(g, slot, min(together, group - slot), mean, rstd, weight, bias, terms[i], 0)
         for task in prange(tasks(g)):
             slot, slots, chunk = neighbours(g, task)
-            apply_chunk(g, x, y, slot, slots, chunk, mean, rstd, weight, bias, residual, activation)
+            apply_chunk(g, x, y, slot, slots, chunk, terms[slot // together], residual, activation)
 
 
 @Twins
@@ -89,31 +92,31 @@ def gradient_passes_kernel(
     cut = unpack(g)
     fixed = False if constant is None else constant
     group, together = cut.group, cut.slots
-    sums = wide((group * cut.chunks if constant is None else 0, 4, cut.width))
-    terms = wide((group, 5))
-    fill(row(sums, (0, 0, 0), sums.size), 0.0)
+    blocks, n = -(-group // together), together * cut.width
+    sums, terms = wide((blocks, cut.chunks if constant is None else 0, 4, n)), scratch((blocks, 8, n), x)
+    for i in range(blocks):
+        slot = i * together
+        fill_for_sums(g, slot, min(together, group - slot), mean, rstd, weight, bias, activation, terms[i])
     if constant is None:
         for task in prange(tasks(g)):
             slot, slots, chunk = neighbours(g, task)
+            i = slot // together
             chunk_grad_sums(
-                g, x, dy, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums
+                g, x, dy, slot, slots, chunk, terms[i], residual, activation, weights, sums[i, chunk]
             )
-    for task in prange(-(-group // together)):
-        slot = task * together
+    for i in prange(blocks):
+        slot = i * together
         slots = min(together, group - slot)
         if constant is None:
-            add_chunks(g, slot, slots, sums, slot_sums)
+            slot_grad_sums(g, slot, slots, mean, rstd, terms[i], sums[i], slot_sums)
         if dx is not None:
-            fill_terms(
-                g, x, slot, slots, mean, rstd, weight, weights, slot_sums, count, counts, fixed,
-                terms,
-            )  # fmt: skip
+            fill_terms(g, slot, slots, mean, rstd, weight, weights, slot_sums, count, counts, fixed, terms[i])
     if dx is not None:
         for task in prange(tasks(g)):
             slot, slots, chunk = neighbours(g, task)
             input_grad_chunk(
-                g, x, dy, dx, dresidual, slot, slots, chunk, mean, rstd, weight, bias, residual, activation,
-                weights, terms, fixed,
+                g, x, dy, dx, dresidual, slot, slots, chunk, terms[slot // together], residual, activation,
+                weights, fixed,
             )  # fmt: skip
 
 
@@ -124,20 +127,16 @@ def backward_kernel(
 ):  # fmt: skip
     """Some slots per task: their sums, then their dx from cache."""
     cut = unpack(g)
-    group, chunks, together = cut.group, cut.chunks, cut.slots
-    sums, terms = wide((group * chunks, 4, cut.width)), wide((group, 5))
-    fill(row(sums, (0, 0, 0), sums.size), 0.0)
+    group, chunks, together, n = cut.group, cut.chunks, cut.slots, cut.slots * cut.width
     for task in prange(-(-group // together)):
         first = task * together
-        slots = min(together, group - first)
+        slots, sums, terms = min(together, group - first), wide((chunks, 4, n)), scratch((8, n), x)
+        fill_for_sums(g, first, slots, mean, rstd, weight, bias, activation, terms)
         for chunk in range(chunks):
-            chunk_grad_sums(
-                g, x, dy, first, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums
-            )
-        add_chunks(g, first, slots, sums, slot_sums)
-        fill_terms(g, x, first, slots, mean, rstd, weight, weights, slot_sums, count, counts, False, terms)
+            chunk_grad_sums(g, x, dy, first, slots, chunk, terms, residual, activation, weights, sums[chunk])
+        slot_grad_sums(g, first, slots, mean, rstd, terms, sums, slot_sums)
+        fill_terms(g, first, slots, mean, rstd, weight, weights, slot_sums, count, counts, False, terms)
         for chunk in range(chunks):
             input_grad_chunk(
-                g, x, dy, dx, dresidual, first, slots, chunk, mean, rstd, weight, bias, residual, activation,
-                weights, terms, False,
-            )  # fmt: skip
+                g, x, dy, dx, dresidual, first, slots, chunk, terms, residual, activation, weights, False
+            )

@@ -37,16 +37,16 @@ def _wide(typingctx, shape):
     return _array(shape, types.float64)
 
 
-def room(shape, x, weights):
-    """Room for what counts of x and dz by a mask, None without one."""
-    return None if weights is None else scratch(shape, x)
+def room(shape, x, weights, activation):
+    """Room for what a mask, or an activation, makes of x and dy, None without one."""
+    return None if weights is activation is None else scratch(shape, x)
 
 
 @emitted(room)
-def _room(typingctx, shape, x, weights):
-    if is_none(weights):
-        return nothing(shape, x, weights)
-    return _array(shape, computing_type(x), x, weights)
+def _room(typingctx, shape, x, weights, activation):
+    if is_none(weights) and is_none(activation):
+        return nothing(shape, x, weights, activation)
+    return _array(shape, computing_type(x), x, weights, activation)
 
 
 def _array(shape: Any, dtype: Any, *others: Any) -> Any:

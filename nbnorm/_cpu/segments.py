@@ -77,19 +77,18 @@ def apply_words(x, y, mean_hi, scale, shift, activation):
 
 
 @loop
-def counted(x, dy, residual, weights, mean_hi, scale, shift, activation, room, at):
-    """X and dz of one piece as far as they count, in room from ``at`` on.
+def fill_counted(x, dy, residual, weights, mean_hi, scale, shift, activation, own_x, dz):
+    """Compute x and dz of one piece, as far as they count if there are weights.
 
     What neither counts nor has a gradient may be NaN; it takes part as 0.
     """
-    n = x.shape[0]
-    x_room, dz_room = row(room, (0, at), n), row(room, (1, at), n)
-    for i in range(n):
+    for i in range(x.shape[0]):
         value, d = widen(x[i]), widen(dy[i])
-        absent = weights[i] == 0 and d == 0
-        x_room[i] = mean_hi if absent else value
-        dz_room[i] = below_activation(d, value, residual, i, mean_hi, scale, shift, activation, absent)
-    return x_room, dz_room
+        absent = False
+        if weights is not None:
+            absent = weights[i] == 0 and d == 0
+        own_x[i] = mean_hi if absent else value
+        dz[i] = below_activation(d, value, residual, i, mean_hi, scale, shift, activation, absent)
 
 
 @inlined

@@ -8,43 +8,71 @@ from __future__ import annotations
 import numpy as np
 
 from nbnorm._cpu.lane_moments import conclude
-from nbnorm._cpu.lanes import fill
+from nbnorm._cpu.lanes import add_row, fill
 from nbnorm._cpu.launch import helper
 from nbnorm._cpu.memory import row
-from nbnorm._cpu.tiles import careful_tile_moments, nearby, piece, tile_squares, tile_sums
-from nbnorm._cpu.vector_sums import vector_sums_of_rows
-from nbnorm._cpu.vectors import BYTES
+from nbnorm._cpu.tiles import FOUR, careful_tile_moments, nearby, piece, sums_about, tile_squares
+from nbnorm._cpu.vector_sums import ROWS, held_like, held_totals, hold_sums
 from nbnorm._math import rounded
 
 # Slots that are taken together, as many as the widest vectors have elements: rows of 32 values take 0.9 of the time of
 # eight together, half of that one by one (Zen 4, benchmarks/choices.py, rows together).
-SLOTS = BYTES // 4
+SLOTS = ROWS
+
+
+@helper
+def segment_sums(x, first, stride, rows, n, shift):
+    """Sums of (x - shift) and of (x - shift)**2 of a slot, piece by piece."""
+    total = squares = 0.0
+    for r in range(rows):
+        _, a, b = sums_about(row(x, first + r * stride, n), None, shift)
+        total += a
+        squares += b
+    return total, squares
+
+
+@helper
+def add_fours(x, first, apart, stride, rows, n, shift, held, found, total, squares):
+    """Add to the sums of slots those of short segments, four at once."""
+    slots = total.shape[0]
+    for r in range(0, rows, FOUR):
+        for k in range(slots):
+            own_x = row(x, first + k * apart + r * stride, n)
+            hold_sums(own_x, stride, min(FOUR, rows - r), shift[k], held, k)
+        held_totals(held, 0, slots, found)
+        add_row(total, found)
+        held_totals(held, 1, slots, found)
+        add_row(squares, found)
 
 
 @helper
 def short_moments(x, first, apart, slots, stride, rows, n, shift, sums, mean, m2):
     """Mean and m2 of slots that begin ``apart`` elements from each other, each ``rows`` segments of ``n``.
 
-    Without means, which are then taken as 0, a slot is one segment. ``shift`` and ``sums``, three rows, have room for
-    the slots, rounded up to a multiple of `SLOTS`: what is behind them is overwritten.
+    Without means, which are then taken as 0, a slot is one segment. There are `SLOTS` at most, for which ``shift``, and
+    ``sums`` in four rows, have room.
     """
     for k in range(slots):
         i = first + k * apart
         shift[k] = rounded(0.0, x) if mean is None else nearby(row(x, i, n))
-    total, squares, count = row(sums, (0, 0), slots), row(sums, (1, 0), slots), np.float64(rows * n)
-    if rows == 1 and n <= piece(x):
-        own_shift = row(shift, 0, slots)
-        if mean is None:  # two calls: what may be None or not has a type of its own
-            vector_sums_of_rows(x, first, apart, n, slots, own_shift, None, squares)
-        else:
-            vector_sums_of_rows(x, first, apart, n, slots, own_shift, total, squares)
+    total, squares, held = row(sums, (0, 0), slots), row(sums, (1, 0), slots), held_like(x)
+    if rows == 1 and n <= piece(x):  # short rows notice what more would take
+        for k in range(slots):
+            hold_sums(row(x, first + k * apart, n), 0, 1, shift[k], held, k)
+        if mean is not None:
+            held_totals(held, 0, slots, total)
+        held_totals(held, 1, slots, squares)
+    elif FOUR * n <= piece(x):
+        fill(total, 0.0)
+        fill(squares, 0.0)
+        add_fours(x, first, apart, stride, rows, n, shift, held, row(sums, (3, 0), slots), total, squares)
     else:
         for k in range(slots):
-            total[k], squares[k] = tile_sums(x, first + k * apart, stride, rows, n, shift[k])
+            total[k], squares[k] = segment_sums(x, first + k * apart, stride, rows, n, shift[k])
     if mean is None:
         fill(total, 0.0)
     own_mean = row(sums, (2, 0), slots) if mean is None else mean
-    if conclude(total, squares, row(shift, 0, slots), count, own_mean, m2) > 0:
+    if conclude(total, squares, row(shift, 0, slots), np.float64(rows * n), own_mean, m2) > 0:
         for k in range(slots):
             i = first + k * apart
             if m2[k] < 0.0:

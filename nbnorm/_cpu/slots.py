@@ -6,29 +6,23 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm._cpu.cut import block, bounds, positions, runs, unpack
-from nbnorm._cpu.launch import allocating, helper, inlined, loop
+from nbnorm._cpu.cut import alike, at_once, block, bounds, positions, runs, unpack
+from nbnorm._cpu.lane_terms import affine_rows
+from nbnorm._cpu.launch import allocating, helper, inlined
 from nbnorm._cpu.memory import borrowed, entry, part, row
-from nbnorm._cpu.scratch import room, scratch, wide
-from nbnorm._cpu.segments import apply_block, apply_segment, counted, input_grad_segment
+from nbnorm._cpu.scratch import scratch, wide
+from nbnorm._cpu.segments import apply_block, apply_segment
 from nbnorm._cpu.short_slots import SLOTS, short_moments
 from nbnorm._cpu.stores import seam_like
 from nbnorm._cpu.streams import begin, finish, writer
 from nbnorm._cpu.tiles import (
-    FOUR,
-    PIECE,
     TILE,
-    grad_sums_of_four,
-    in_fours,
     line_moments,
-    parameter,
-    piece,
-    piece_grad_sums,
     reciprocal_stds,
     slot_count,
     within,
 )
-from nbnorm._math import accumulate, add, affine, gradient_terms, recentered, reciprocal_std, rounded, settled
+from nbnorm._math import accumulate, reciprocal_std, settled
 
 
 @helper
@@ -61,7 +55,7 @@ def chunk_moments(g, x, weights, slot, slots, chunk, moments):
         return
     for k in range(slot, slot + slots):
         moments[k * cut.chunks + chunk, 0] = 0.0
-    x, shift, sums, found = borrowed(x), scratch(SLOTS, x), wide((3, SLOTS)), wide((2, SLOTS))
+    x, shift, sums, found = borrowed(x), scratch(SLOTS, x), wide((4, SLOTS)), wide((2, SLOTS))
     tile_rows, tile_cols = max(1, min(rows, TILE // cols)), min(cols, TILE)
     stride, together = cut.group * cut.inner, SLOTS if cols <= TILE else 1
     for r in range(0, rows, tile_rows):
@@ -113,10 +107,18 @@ def merge_chunks(g, counts, slot, slots, moments, eps, mean, m2, rstd):
 
 
 @helper
-def run_affine(cut, x, slot, j, mean, rstd, weight, bias):
-    """Coefficients of `normalize` for one run of a slot."""
-    p = within(slot, cut.period) * cut.width + j
-    return affine(mean, rstd, parameter(weight, p, 1.0), parameter(bias, p, 0.0), x)
+def fill_affine(g, slot, slots, mean, rstd, weight, bias, terms, at):
+    """Write the coefficients of `normalize` of all runs of some slots into three rows of the terms."""
+    cut = unpack(g)
+    k, end = slot, slot + slots
+    while k < end:
+        n = alike(cut, k, end)
+        first, p, size = (k - slot) * cut.width, within(k, cut.period) * cut.width, n * cut.width
+        affine_rows(
+            row(terms, (at, first), size), row(terms, (at + 1, first), size), row(terms, (at + 2, first), size),
+            row(mean, k, n), row(rstd, k, n), part(weight, p, size), part(bias, p, size), cut.width, terms,
+        )  # fmt: skip
+        k += n
 
 
 def _piece(apply: Any) -> Any:
@@ -134,199 +136,19 @@ write_run = writer(_piece(apply_segment), _piece(apply_block))
 
 
 @helper
-def apply_chunk(g, x, y, slot, slots, chunk, mean, rstd, weight, bias, residual, activation):
+def apply_chunk(g, x, y, slot, slots, chunk, terms, residual, activation):
     """Normalize one chunk of each of some slots, run by run."""
     cut = unpack(g)
     x, y, seam, stream = borrowed(x), borrowed(y), seam_like(y), begin(y, cut.streamed)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
-    first_run, end_run = runs(c0, cols, cut.run)
+    together, n = at_once(cut, slots, cols)
     for r in range(r0, r0 + rows):
-        for k in range(slot, slot + slots):
-            for j in range(first_run, end_run):
-                start, size = bounds(cut, j, c0, cols)
-                first = (r * cut.group + k) * cut.inner + start
-                own = run_affine(cut, x, k, j, mean[k], rstd[k], weight, bias)
-                given = (x, residual, own, activation)
+        for k in range(0, slots, together):
+            c = k * cut.inner + c0
+            first_run, end_run = runs(c, n, cut.run)
+            for q in range(first_run, end_run):
+                start, size = bounds(cut, q, c, n)
+                given = (x, residual, (terms[0, q], terms[1, q], terms[2, q]), activation)
+                first = (r * cut.group + slot) * cut.inner + start
                 stream = write_run(y, seam, stream, first, size, given)
     finish(y, seam, stream)
-
-
-@inlined
-def segment_sums(cut, x, dy, residual, weights, slot, j, r, start, n, rstd, coefficients, activation, room):
-    """`piece_grad_sums` of ``n`` columns of run ``j`` in row ``r``, by mean, scale and shift of `normalize`."""
-    i = (r * cut.group + slot) * cut.inner + start
-    own_x, own_dy, own_residual = row(x, i, n), row(dy, i, n), part(residual, i, n)
-    mean_hi, scale, shift = coefficients
-    if weights is None:
-        return piece_grad_sums(own_x, own_dy, None, mean_hi, rstd, scale, shift, activation, own_residual)
-    own_weights = positions(entry(weights, slot // cut.period), cut, r, j, start, n)
-    own_x, own_dy = counted(own_x, own_dy, own_residual, own_weights, *coefficients, activation, room, 0)
-    return piece_grad_sums(own_x, own_dy, None, mean_hi, rstd)
-
-
-@inlined
-def four_segments_sums(
-    cut, x, dy, residual, weights, slot, j, r, start, n, rstd, coefficients, activation, room
-):
-    """`grad_sums_of_four`, likewise, of that row and the next three."""
-    i, stride = (r * cut.group + slot) * cut.inner + start, cut.group * cut.inner
-    k, m, o = i + stride, i + 2 * stride, i + 3 * stride
-    xa, xb, xc, xd = row(x, i, n), row(x, k, n), row(x, m, n), row(x, o, n)
-    a, b, c, d = row(dy, i, n), row(dy, k, n), row(dy, m, n), row(dy, o, n)
-    ra, rb, rc, rd = part(residual, i, n), part(residual, k, n), part(residual, m, n), part(residual, o, n)
-    mean_hi, scale, shift = coefficients
-    if weights is None:
-        return grad_sums_of_four(
-            xa, xb, xc, xd, a, b, c, d, mean_hi, rstd, scale, shift, activation, ra, rb, rc, rd
-        )
-    own, how = entry(weights, slot // cut.period), (*coefficients, activation, room)
-    xa, a = counted(xa, a, ra, positions(own, cut, r, j, start, n), *how, 0)
-    xb, b = counted(xb, b, rb, positions(own, cut, r + 1, j, start, n), *how, n)
-    xc, c = counted(xc, c, rc, positions(own, cut, r + 2, j, start, n), *how, 2 * n)
-    xd, d = counted(xd, d, rd, positions(own, cut, r + 3, j, start, n), *how, 3 * n)
-    return grad_sums_of_four(xa, xb, xc, xd, a, b, c, d, mean_hi, rstd)
-
-
-@inlined
-def note(own, j, a, b):
-    """Add to the sums of dz and of dz * x_hat of a run, and to what rounding leaves out of them."""
-    own[0, j], own[1, j] = add(own[0, j], own[1, j], a)
-    own[2, j], own[3, j] = add(own[2, j], own[3, j], b)
-
-
-@inlined
-def add_segments(
-    g, x, dy, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums, room, first, end,
-    height,
-):  # fmt: skip
-    """Add to the sums of a chunk of each of some slots its segments in the rows [first, end), ``height`` at once."""
-    cut = unpack(g)
-    _, _, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
-    first_run, end_run = runs(c0, cols, cut.run)
-    for r in range(first, end, height):
-        for k in range(slot, slot + slots):
-            own = sums[k * cut.chunks + chunk]
-            _, hat_scale, _ = affine(mean[k], rstd[k], 1.0, 0.0, x)
-            for j in range(first_run, end_run):
-                start, size = bounds(cut, j, c0, cols)
-                given = (cut, x, dy, residual, weights, k, j)
-                how = (hat_scale, run_affine(cut, x, k, j, mean[k], rstd[k], weight, bias), activation, room)
-                if height == FOUR:
-                    note(own, j, *four_segments_sums(*given, r, start, size, *how))
-                else:
-                    for i in range(start, start + size, piece(x)):
-                        n = min(piece(x), start + size - i)
-                        note(own, j, *segment_sums(*given, r, i, n, *how))
-
-
-@allocating
-def chunk_grad_sums(
-    g, x, dy, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums
-):
-    """Sums of dz and of dz * x_hat over one chunk of each of some slots, by run: total, rest, of each.
-
-    The walk is along memory, short segments four at once.
-    """
-    cut = unpack(g)
-    r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
-    first_run, end_run = runs(c0, cols, cut.run)
-    fours = in_fours(rows, min(cut.run, cols), x)
-    given = (g, x, dy, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, sums)
-    own_room = room((2, PIECE), x, weights)
-    add_segments(*given, own_room, r0, r0 + fours, FOUR)
-    add_segments(*given, own_room, r0 + fours, r0 + rows, 1)
-    for k in range(slot, slot + slots):
-        own = sums[k * cut.chunks + chunk]
-        mean_hi, _, _ = affine(mean[k], rstd[k], 1.0, 0.0, x)
-        for j in range(first_run, end_run):
-            a = settled(own[0, j], own[1, j])
-            b = recentered(settled(own[2, j], own[3, j]), a, mean[k], mean_hi, rstd[k])
-            own[0, j], own[1, j], own[2, j], own[3, j] = a, 0.0, b, 0.0
-
-
-@helper
-def add_chunks(g, slot, slots, sums, slot_sums):
-    """Add up the chunks of some slots, in order, with what rounding leaves out."""
-    chunks = unpack(g).chunks
-    for k in range(slot, slot + slots):
-        first = k * chunks
-        for j in range(sums.shape[2]):
-            a, a_rest, b, b_rest = sums[first, 0, j], sums[first, 1, j], sums[first, 2, j], sums[first, 3, j]
-            for i in range(first + 1, first + chunks):
-                a, a_rest = add(a, a_rest, sums[i, 0, j])
-                b, b_rest = add(b, b_rest, sums[i, 2, j])
-            slot_sums[0, k, j], slot_sums[1, k, j] = settled(a, a_rest), settled(b, b_rest)
-
-
-@helper
-def weighted(weight, first, slot_sums, which, slot):
-    """Total of one of the sums of a slot's runs, each times its weight, which starts at ``first``."""
-    total = 0.0
-    for j in range(slot_sums.shape[2]):
-        total += parameter(weight, first + j, 1.0) * slot_sums[which, slot, j]
-    return total
-
-
-@helper
-def fill_terms(g, x, slot, slots, mean, rstd, weight, weights, slot_sums, count, counts, constant, terms):
-    """Write what dx of some slots is computed from: mean, rstd, slope, offset and the factor of the gain."""
-    cut = unpack(g)
-    for k in range(slot, slot + slots):
-        first = within(k, cut.period) * cut.width
-        sum_g = weighted(weight, first, slot_sums, 0, k)
-        sum_g_x_hat = weighted(weight, first, slot_sums, 1, k)
-        n = slot_count(count, counts, k, cut.period)
-        terms[k, 0], terms[k, 1], _ = affine(mean[k], rstd[k], 1.0, 0.0, x)
-        terms[k, 2], terms[k, 3], terms[k, 4] = gradient_terms(
-            mean[k], rstd[k], sum_g, sum_g_x_hat, n, True, constant, weights is not None, x
-        )
-
-
-@helper
-def run_terms(cut, x, slot, j, mean, rstd, weight, bias, terms):
-    """Coefficients for dx of one run: those of its slot, the gain, and scale and shift of `normalize`."""
-    _, scale, shift = run_affine(cut, x, slot, j, mean, rstd, weight, bias)
-    gain = terms[4] * parameter(weight, within(slot, cut.period) * cut.width + j, 1.0)
-    return (
-        rounded(terms[0], x), rounded(terms[1], x), rounded(terms[2], x), rounded(terms[3], x), rounded(gain, x),
-        scale, shift,
-    )  # fmt: skip
-
-
-@inlined
-def input_grad_piece(dx, at, i, n, given):
-    """Dx of some neighbours of a run, by its `run_terms`."""
-    x, dy, dresidual, residual, weights, own, activation, constant = given
-    mean_hi, hat_scale, slope, offset, gain, scale, shift = own
-    arrays = (
-        row(x, at, n), row(dy, at, n), dx, part(dresidual, at, n), part(residual, at, n), part(weights, i, n),
-    )  # fmt: skip
-    if constant:
-        input_grad_segment(*arrays, mean_hi, hat_scale, None, None, gain, scale, shift, activation)
-    else:
-        input_grad_segment(*arrays, mean_hi, hat_scale, slope, offset, gain, scale, shift, activation)
-
-
-write_input_grad = writer(input_grad_piece)
-
-
-@loop
-def input_grad_chunk(
-    g, x, dy, dx, dresidual, slot, slots, chunk, mean, rstd, weight, bias, residual, activation, weights, terms,
-    constant,
-):  # fmt: skip
-    """Dx of one chunk of each of some slots, run by run."""
-    cut = unpack(g)
-    x, dy, dx, seam, stream = borrowed(x), borrowed(dy), borrowed(dx), seam_like(dx), begin(dx, cut.streamed)
-    r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
-    first_run, end_run = runs(c0, cols, cut.run)
-    for r in range(r0, r0 + rows):
-        for k in range(slot, slot + slots):
-            for j in range(first_run, end_run):
-                start, size = bounds(cut, j, c0, cols)
-                first = (r * cut.group + k) * cut.inner + start
-                own_weights = positions(entry(weights, k // cut.period), cut, r, j, start, size)
-                own = run_terms(cut, x, k, j, mean[k], rstd[k], weight, bias, terms[k])
-                given = (x, dy, dresidual, residual, own_weights, own, activation, constant)
-                stream = write_input_grad(dx, seam, stream, first, size, given)
-    finish(dx, seam, stream)

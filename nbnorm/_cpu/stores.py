@@ -11,8 +11,8 @@ from llvmlite import ir
 from numba import types
 
 from nbnorm._cpu.bfloats import emit_rounded, rounded_at_once
-from nbnorm._cpu.memory import LINE
-from nbnorm._cpu.row_type import Row, data_of, emit_row
+from nbnorm._cpu.memory import LINE, emit_room
+from nbnorm._cpu.row_type import Row, data_of
 from nbnorm._cpu.tiles import VECTOR
 from nbnorm._math import emitted
 
@@ -55,13 +55,8 @@ def _room(y, dtype):
     result = Row(dtype, True, y.aligned)
 
     def generate(context, builder, signature, args):
-        element = context.get_data_type(dtype)
-        n = BLOCK // context.get_abi_sizeof(context.get_data_type(y.dtype))
-        with builder.goto_entry_block():
-            room = builder.alloca(ir.ArrayType(element, n))
-        room.align = LINE
-        data = builder.bitcast(room, element.as_pointer())
-        return emit_row(context, builder, result, data, context.get_constant(types.intp, n))
+        size = context.get_abi_sizeof(context.get_data_type(y.dtype))
+        return emit_room(context, builder, result, BLOCK // size)
 
     return result(y), generate
 

@@ -19,7 +19,6 @@ from nbnorm._cpu.launch import (
     inlined,
     narrow_reduction,
     reduction,
-    two_vector_reduction,
 )
 from nbnorm._cpu.memory import part, row
 from nbnorm._cpu.vector_sums import vector_sums
@@ -37,17 +36,11 @@ from nbnorm._math import (
 # is longer than 32 additions, which keeps a float32 sum within about one part in ten million.
 PIECE = 1024
 WIDE_PIECE = 256  # of float64, whose accumulators are fewer and whose promise is tighter
-# Columns that a loop takes in one step at most. What is left over has sums of its own: added to those of the whole
-# steps one by one, it cost one variance in 20,000 its promise (tests/test_numerics.py).
-STEP = 64
 VECTOR = 16  # values of the widest vectors
 # Short segments, or samples, that a loop goes through at once: what it does once, as putting its accumulators together
 # or reading and writing sums, it does for all of them. Segments of 81 to 196 take 0.7 to 0.9 of the time then
 # (benchmarks/bench_batch_norm.py, ShortSegments, before and after; Zen 4).
 FOUR = 4
-# Columns of them that are summed before float64 takes over: their accumulators are half as many as those of a piece,
-# and with eight values in a vector 196 columns broke the promise of the variance.
-FOUR_COLUMNS = 128
 # Values that share a shift and one Chan merge (16 KB of float32, half a first-level cache).
 TILE = 4096
 # Values that one task reads where a slot is split among threads.
@@ -70,20 +63,6 @@ def trusted(squares, m2, single):
 def piece(x):
     """Size of the pieces of an array."""
     return PIECE if x.itemsize < 8 else WIDE_PIECE
-
-
-@helper
-def in_fours(rows, n, x):
-    """How many of some segments of ``n`` values are summed four at once: all but the last few, if four fit a piece."""
-    return rows // FOUR * FOUR if FOUR * n <= piece(x) else 0
-
-
-@helper
-def next_columns(n):
-    """How many of the ``n`` columns left are summed next: whole steps, whole vectors, or what they leave over."""
-    if n >= STEP:
-        return min(n // STEP * STEP, FOUR_COLUMNS)
-    return n // VECTOR * VECTOR if n >= VECTOR else n
 
 
 @helper
@@ -122,22 +101,6 @@ def counted_sums(x, weights, shift):
         total += w * d
         squares += w * (d * d)
     return np.float64(count), np.float64(total), np.float64(squares)
-
-
-@reduction
-def shifted_sums_of_four(a, b, c, d, first, end, shift):
-    """Sums of (x - shift) and of (x - shift)**2 over the columns [first, end) of four short segments together.
-
-    Each half has accumulators of its own: variances are half as accurate where all four have the same.
-    """
-    total = other_total = squares = other_squares = rounded(0.0, a)
-    for i in range(first, end):
-        da, db, dc, dd = widen(a[i]) - shift, widen(b[i]) - shift, widen(c[i]) - shift, widen(d[i]) - shift
-        total += da + db
-        other_total += dc + dd
-        squares += da * da + db * db
-        other_squares += dc * dc + dd * dd
-    return np.float64(total) + np.float64(other_total), np.float64(squares) + np.float64(other_squares)
 
 
 @reduction
@@ -196,26 +159,6 @@ piece_grad_sums = four_vector_reduction(_grad_sums)
 short_grad_sums = narrow_reduction(_grad_sums)
 
 
-@two_vector_reduction
-def grad_sums_of_four(
-    xa, xb, xc, xd, dya, dyb, dyc, dyd, mean_hi, rstd,
-    scale=None, shift=None, activation=None, ra=None, rb=None, rc=None, rd=None,
-):  # fmt: skip
-    """`piece_grad_sums` of four short segments together, without weights."""
-    sum_g = other_g = sum_g_x_hat = other_g_x_hat = rounded(0.0, xa)
-    for i in range(xa.shape[0]):
-        a, b, c, d = widen(xa[i]), widen(xb[i]), widen(xc[i]), widen(xd[i])
-        da = below_activation(widen(dya[i]), a, ra, i, mean_hi, scale, shift, activation)
-        db = below_activation(widen(dyb[i]), b, rb, i, mean_hi, scale, shift, activation)
-        dc = below_activation(widen(dyc[i]), c, rc, i, mean_hi, scale, shift, activation)
-        dd = below_activation(widen(dyd[i]), d, rd, i, mean_hi, scale, shift, activation)
-        sum_g += da + db
-        other_g += dc + dd
-        sum_g_x_hat += da * standardize(a, mean_hi, rstd) + db * standardize(b, mean_hi, rstd)
-        other_g_x_hat += dc * standardize(c, mean_hi, rstd) + dd * standardize(d, mean_hi, rstd)
-    return np.float64(sum_g) + np.float64(other_g), np.float64(sum_g_x_hat) + np.float64(other_g_x_hat)
-
-
 @helper
 def about_mean(total, squares, n):
     """Sum of squares about the mean, from the sums about a value near it."""
@@ -245,30 +188,6 @@ def sums_about(x, weights, shift):
         total += a
         squares += b
     return count, total, squares
-
-
-@inlined
-def tile_sums(x, first, stride, rows, n, shift):
-    """`vector_sums` of ``rows`` segments of ``n`` neighbours, ``stride`` apart, short ones four at once."""
-    total = squares = 0.0
-    fours = in_fours(rows, n, x)
-    for r in range(0, fours, FOUR):
-        i = first + r * stride
-        j, k, m = i + stride, i + 2 * stride, i + 3 * stride
-        start = 0
-        while start < n:
-            end = start + next_columns(n - start)
-            a, b = shifted_sums_of_four(
-                row(x, i, n), row(x, j, n), row(x, k, n), row(x, m, n), start, end, shift
-            )
-            total += a
-            squares += b
-            start = end
-    for r in range(fours, rows):
-        _, a, b = sums_about(row(x, first + r * stride, n), None, shift)
-        total += a
-        squares += b
-    return total, squares
 
 
 @inlined

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba.core import cgutils
@@ -23,8 +23,18 @@ def vector_of(context: Any, number: Any) -> Any:
     return ir.VectorType(number, BYTES // context.get_abi_sizeof(number))
 
 
+class Row(NamedTuple):
+    """Neighbours of a type, from where they begin, and how far it is to the next such row."""
+
+    kind: Any
+    data: Any
+    stride: Any = None
+
+
 class Walk:
-    """Code that goes through the ``n`` elements of a row from ``data`` on, in the type that is computed with.
+    """Code that goes through ``n`` elements of rows side by side, in the type that is computed with.
+
+    There may be some ``segments`` of as many, a stride from each other.
 
     Attributes
     ----------
@@ -34,52 +44,71 @@ class Walk:
         One of zeros.
     """
 
-    def __init__(self, context: Any, builder: Any, row: Any, data: Any, n: Any, number: Any) -> None:
+    def __init__(
+        self, context: Any, builder: Any, rows: list[Row], n: Any, number: Any, segments: Any = None
+    ) -> None:
         self.vector = vector_of(context, number)
         self.zero = ir.Constant(self.vector, None)
-        self._builder, self._lanes = builder, self.vector.count
-        self._dtype, self._element = row.dtype, context.get_data_type(row.dtype)
-        self._align = context.get_abi_sizeof(self._element) if row.aligned else 1
-        self._data, self._n = data, n
+        self._context, self._builder, self._lanes = context, builder, self.vector.count
+        self._rows, self._segments, self.n = rows, segments, n
 
-    def values(self) -> Iterator[Any]:
-        """Emit what is done with each single value."""
-        builder = self._builder
-        with cgutils.for_range(builder, self._n) as loop:
-            value = builder.load(builder.gep(self._data, [loop.index]), align=self._align)
-            yield emit_widened(builder, value, self._dtype)
+    def each(self) -> Iterator[None]:
+        """Emit what is done with each segment: all else is within it."""
+        if self._segments is None:
+            yield
+            return
+        first, builder = self._rows, self._builder
+        with cgutils.for_range(builder, self._segments) as loop:
+            self._rows = [
+                row._replace(data=builder.gep(row.data, [builder.mul(loop.index, row.stride)]))
+                for row in first
+            ]
+            yield
+        self._rows = first
 
-    def steps(self, count: int) -> Iterator[tuple[int, Any]]:
-        """Emit what is done with the vector at each place of a step, then with those that fill none.
+    def values(self) -> Iterator[list[Any]]:
+        """Emit what is done with each single value of the rows."""
+        with cgutils.for_range(self._builder, self.n) as loop:
+            yield [self._load(row, loop.index, None) for row in self._rows]
+
+    def steps(self, count: int) -> Iterator[tuple[int, list[Any]]]:
+        """Emit what is done with the vectors at each place of a step, then with those that fill none.
 
         There are at least as many elements as a vector has, here and for `rest`.
         """
         builder, size = self._builder, count * self._lanes
-        over = builder.urem(self._n, _SIZE(size))
-        whole = builder.sub(self._n, over)
+        over = builder.urem(self.n, _SIZE(size))
+        whole = builder.sub(self.n, over)
         with cgutils.for_range_slice(builder, _SIZE(0), whole, _SIZE(size), _SIZE) as (at, _):
             for k in range(count):
-                yield k, self._load(builder.add(at, _SIZE(k * self._lanes)))
+                yield k, self._vectors(builder.add(at, _SIZE(k * self._lanes)))
         for k in range(count - 1):
             with builder.if_then(builder.icmp_unsigned(">=", over, _SIZE((k + 1) * self._lanes))):
-                yield k, self._load(builder.add(whole, _SIZE(k * self._lanes)))
+                yield k, self._vectors(builder.add(whole, _SIZE(k * self._lanes)))
 
     @contextmanager
-    def rest(self) -> Iterator[tuple[Any, Any]]:
-        """Emit what is done with what fills no vector: the last vector there is, and which of its lanes count."""
+    def rest(self) -> Iterator[tuple[list[Any], Any]]:
+        """Emit what is done with what fills no vector: the last vectors there are, and which of their lanes count."""
         builder, lanes = self._builder, self._lanes
-        left = builder.urem(self._n, _SIZE(lanes))
+        left = builder.urem(self.n, _SIZE(lanes))
         with builder.if_then(builder.icmp_unsigned("!=", left, _SIZE(0))):
             lane = ir.Constant(ir.VectorType(_SIZE, lanes), list(range(lanes)))
             first = everywhere(builder, builder.sub(_SIZE(lanes), left), lane.type)
-            values = self._load(builder.sub(self._n, _SIZE(lanes)))
-            yield values, builder.icmp_unsigned(">=", lane, first)
+            vectors = self._vectors(builder.sub(self.n, _SIZE(lanes)))
+            yield vectors, builder.icmp_unsigned(">=", lane, first)
 
-    def _load(self, at: Any) -> Any:
-        """Emit the vector of neighbours that begins somewhere."""
-        builder, kind = self._builder, ir.VectorType(self._element, self._lanes)
-        place = builder.bitcast(builder.gep(self._data, [at]), kind.as_pointer())
-        return emit_widened(builder, builder.load(place, align=self._align), self._dtype)
+    def _vectors(self, at: Any) -> list[Any]:
+        """Emit the vector of neighbours of each row that begins somewhere."""
+        return [self._load(row, at, self._lanes) for row in self._rows]
+
+    def _load(self, row: Row, at: Any, lanes: int | None) -> Any:
+        """Emit an element of a row, or the vector of neighbours that begins with it."""
+        builder, kind = self._builder, row.kind
+        element, place = self._context.get_data_type(kind.dtype), builder.gep(row.data, [at])
+        if lanes is not None:
+            place = builder.bitcast(place, ir.VectorType(element, lanes).as_pointer())
+        align = self._context.get_abi_sizeof(element) if kind.aligned else 1
+        return emit_widened(builder, builder.load(place, align=align), kind.dtype)
 
 
 def everywhere(builder: Any, value: Any, kind: Any) -> Any:
