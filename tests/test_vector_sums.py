@@ -7,9 +7,10 @@ from llvmlite import binding
 
 import processes
 from nbnorm._cpu.halves import computing, stored
+from nbnorm._cpu.held_sums import ROWS, held_like, held_totals, hold_grad_sums, hold_sums
 from nbnorm._cpu.launch import kernel
 from nbnorm._cpu.memory import row
-from nbnorm._cpu.vector_sums import ROWS, held_like, held_totals, hold_grad_sums, hold_sums, vector_sums
+from nbnorm._cpu.vector_sums import vector_sums
 
 LENGTHS = [*range(1, 140), 255, 256, 257, 1000, 1023, 1024]
 

@@ -16,7 +16,7 @@ from numba import types
 from numba.core.cgutils import get_or_insert_function
 
 from nbnorm._cpu.halves import constant_like, round_to_bfloat, typed_like
-from nbnorm._cpu.tiles import VECTOR
+from nbnorm._cpu.vectors import VECTOR
 from nbnorm._inner import processor_has
 
 _INT, _SHORT = ir.IntType(32), ir.IntType(16)

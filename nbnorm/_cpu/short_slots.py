@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from nbnorm._cpu.held_sums import ROWS, held_like, held_totals, hold_sums
 from nbnorm._cpu.lane_moments import conclude
 from nbnorm._cpu.lanes import add_row, fill
 from nbnorm._cpu.launch import helper
 from nbnorm._cpu.memory import row
 from nbnorm._cpu.tiles import FOUR, careful_tile_moments, nearby, piece, sums_about, tile_squares
-from nbnorm._cpu.vector_sums import ROWS, held_like, held_totals, hold_sums
 from nbnorm._math import rounded
 
 # Slots that are taken together, as many as the widest vectors have elements: rows of 32 values take 0.9 of the time of

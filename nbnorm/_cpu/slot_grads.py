@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from nbnorm._cpu.cut import alike, at_once, block, bounds, positions, runs, unpack
+from nbnorm._cpu.held_sums import ROWS, held_like, held_totals, hold_grad_sums
 from nbnorm._cpu.lane_terms import add_chunks, fill_gradient_terms, repeat, settle_runs
 from nbnorm._cpu.lanes import fill
 from nbnorm._cpu.launch import allocating, helper, inlined, loop
@@ -20,7 +21,6 @@ from nbnorm._cpu.slots import fill_affine
 from nbnorm._cpu.stores import seam_like
 from nbnorm._cpu.streams import begin, finish, writer
 from nbnorm._cpu.tiles import FOUR, PIECE, add_rows, piece, piece_grad_sums, settle_rows, slot_count, within
-from nbnorm._cpu.vector_sums import ROWS, held_like, held_totals, hold_grad_sums
 from nbnorm._math import add
 
 

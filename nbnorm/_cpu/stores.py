@@ -13,7 +13,7 @@ from numba import types
 from nbnorm._cpu.bfloats import emit_rounded, rounded_at_once
 from nbnorm._cpu.memory import LINE, emit_room
 from nbnorm._cpu.row_type import Row, data_of
-from nbnorm._cpu.tiles import VECTOR
+from nbnorm._cpu.vectors import VECTOR
 from nbnorm._math import emitted
 
 BLOCK = 4 * LINE

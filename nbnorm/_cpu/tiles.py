@@ -36,7 +36,6 @@ from nbnorm._math import (
 # is longer than 32 additions, which keeps a float32 sum within about one part in ten million.
 PIECE = 1024
 WIDE_PIECE = 256  # of float64, whose accumulators are fewer and whose promise is tighter
-VECTOR = 16  # values of the widest vectors
 # Short segments, or samples, that a loop goes through at once: what it does once, as putting its accumulators together
 # or reading and writing sums, it does for all of them. Segments of 81 to 196 take 0.7 to 0.9 of the time then
 # (benchmarks/bench_batch_norm.py, ShortSegments, before and after; Zen 4).

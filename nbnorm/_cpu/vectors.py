@@ -12,6 +12,7 @@ from numba.core import cgutils
 from nbnorm._cpu.halves import emit_widened
 
 BYTES = 64  # of a vector
+VECTOR = BYTES // 4  # values of float32 in one
 PART = 16  # bytes of one within which the processor moves elements most easily
 
 _SIZE, _LANE = ir.IntType(64), ir.IntType(32)
@@ -23,7 +24,7 @@ def vector_of(context: Any, number: Any) -> Any:
     return ir.VectorType(number, BYTES // context.get_abi_sizeof(number))
 
 
-class Row(NamedTuple):
+class Source(NamedTuple):
     """Neighbours of a type, from where they begin, and how far it is to the next such row."""
 
     kind: Any
@@ -45,7 +46,7 @@ class Walk:
     """
 
     def __init__(
-        self, context: Any, builder: Any, rows: list[Row], n: Any, number: Any, segments: Any = None
+        self, context: Any, builder: Any, rows: list[Source], n: Any, number: Any, segments: Any = None
     ) -> None:
         self.vector = vector_of(context, number)
         self.zero = ir.Constant(self.vector, None)
@@ -101,7 +102,7 @@ class Walk:
         """Emit the vector of neighbours of each row that begins somewhere."""
         return [self._load(row, at, self._lanes) for row in self._rows]
 
-    def _load(self, row: Row, at: Any, lanes: int | None) -> Any:
+    def _load(self, row: Source, at: Any, lanes: int | None) -> Any:
         """Emit an element of a row, or the vector of neighbours that begins with it."""
         builder, kind = self._builder, row.kind
         element, place = self._context.get_data_type(kind.dtype), builder.gep(row.data, [at])
