@@ -65,6 +65,19 @@ class ShortRows(Timed):
         return measured(self)
 
 
+class FewRows(Timed):
+    """What do rows cost that are too few for many tasks?"""
+
+    params = (TRAINING, [(18, 5120), (25, 3072), (71, 1536), (102, 1000), (201, 384)])
+    param_names = ("operation", "shape")
+
+    def measure(self, operation, shape):
+        return measure(operation, Case("layer", shape))
+
+    def setup_cache(self):
+        return measured(self)
+
+
 class RMSNorm(_Norm):
     """Rows, as in large language models."""
 
@@ -110,4 +123,4 @@ class ShortPlanes(Timed):
 
 
 if __name__ == "__main__":
-    show(LayerNorm, ShortRows, RMSNorm, GroupNorm, InstanceNorm, ShortPlanes)
+    show(LayerNorm, ShortRows, FewRows, RMSNorm, GroupNorm, InstanceNorm, ShortPlanes)

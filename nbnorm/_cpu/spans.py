@@ -42,7 +42,10 @@ PAST = 2048
 FETCHED = 1536
 # Samples of a band at most: their terms of the parameters' gradients are summed in the array's own type, in chains of
 # 16 additions of four terms each, before float64 takes over. Fewer where there would be less than MIN_BANDS bands, but
-# not so few that a band has less than BAND_SIZE elements, or that the sums of all bands are large beside x.
+# not so few that a band has less than BAND_SIZE elements, or that the sums of all bands are large beside x. Few
+# bands are a multiple of four, or two, where they can be: of 3, 5 or 7, threads would share not whole ones, but chunks,
+# pass after pass (`shares`). 18 to 201 rows take 0.76 to 0.92 of the time so, backward 0.83 to 1 (Emerald Rapids, two
+# threads; benchmarks/bench_norms.py, FewRows, before and after).
 BAND = 64
 MIN_BANDS = 8
 BAND_SIZE = 16384
@@ -81,8 +84,7 @@ def geometry(view: View, threads: int, masked: bool = False, size: int = 0, lett
     """
     rows, inner, period = view.slots, view.inner, view.period
     samples = rows // period
-    wanted = min(max(MIN_BANDS, samples // BAND), -(-rows * inner // BAND_SIZE))
-    band = min(BAND, max(FOUR, -(-samples // max(wanted, 1))))
+    band = samples_in_band(samples, rows * inner)
     step = rows_together(rows, inner, size)
     together = ROWS if inner <= SHORT_PAIR else FOUR
     chunks = -(-inner // CHUNK)
@@ -93,6 +95,17 @@ def geometry(view: View, threads: int, masked: bool = False, size: int = 0, lett
     while bundle > 1 and not shares(-(-bands // bundle), rows * chunks, threads):
         bundle -= 1
     return np.array(Cut(rows, inner, period, band, bands, chunks, step, together, streamed, ahead, bundle))
+
+
+def samples_in_band(samples: int, size: int) -> int:
+    """Return how many samples make a band, such that two or four threads may share few bands equally."""
+    wanted = min(max(MIN_BANDS, samples // BAND), -(-size // BAND_SIZE))
+    fours = -(-wanted // 4) * 4
+    for bands in (fours, fours + 4, 4, 2) if 2 < wanted <= MIN_BANDS else ():
+        band = -(-samples // bands)
+        if FOUR <= band <= BAND and -(-samples // band) == bands:
+            return band
+    return min(BAND, max(FOUR, -(-samples // max(wanted, 1))))
 
 
 def long_rows(inner: int, letter: str) -> bool | None:
