@@ -301,3 +301,31 @@ def test_bands_of_a_task_leave_no_trace(shape, rng):
         for a, b in zip(one, found[0], strict=True):
             oracle.assert_same_bits(a, b)
             assert np.isfinite(a).all()
+
+
+@pytest.mark.parametrize(
+    ("samples", "columns", "bands"),
+    [
+        (18, 5120, 4),
+        (25, 3072, 4),
+        (71, 1536, 8),
+        (102, 1000, 8),
+        (201, 384, 8),
+        (49, 4096, 4),
+        (10, 4096, 2),
+    ],
+)
+def test_few_bands_are_equal_shares(samples, columns, bands):
+    """Of 3, 5 or 7 bands two threads would not share whole ones."""
+    view = trailing_view((samples, columns), (columns * 4, 4), 4, 1)
+    assert spans.Cut(*spans.geometry(view, 2).tolist()).bands == bands
+    assert spans.fused(view, 2) == 2
+
+
+@pytest.mark.parametrize(
+    ("samples", "columns", "bands"), [(3, 5, 1), (513, 384, 9), (809, 96, 13), (8192, 1024, 128)]
+)
+def test_other_bands_are_of_many_samples(samples, columns, bands):
+    """Where there is work for fewer or more bands than a few, a band has as many samples as its sums allow."""
+    view = trailing_view((samples, columns), (columns * 4, 4), 4, 1)
+    assert spans.Cut(*spans.geometry(view, 2).tolist()).bands == bands

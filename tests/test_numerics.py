@@ -270,6 +270,19 @@ def test_constant_gradient(case, dtype, value, rng):
     check(case.x(rng, dtype), np.full(case.shape, value, dtype), *case.parameters(rng, dtype))
 
 
+@on_floats
+@pytest.mark.parametrize("masked", [False, True])
+def test_constant_gradient_of_tiny_planes(dtype, masked, rng):
+    """Where planes fill no vector, each is a chain of additions by itself, not four of them one after the other."""
+    x, value = rng.standard_normal((4, 200, 15)).astype(dtype), rng.uniform(0.1, 10, 200).astype(dtype)
+    dy = np.broadcast_to(value[:, np.newaxis], x.shape).astype(dtype)
+    mask = np.ones((4, 15), bool) if masked else None
+    _, saved = nbnorm.batch_norm_forward(x, *np.ones((2, 200), dtype), mask=mask)
+    assert saved.view.traversal == "planes"
+    _, _, dbias = nbnorm.batch_norm_backward(dy, saved)
+    np.testing.assert_allclose(dbias, 60 * value.astype(np.float64), rtol=4 * np.finfo(dtype).eps)
+
+
 @on_both_kinds
 @on_floats
 def test_gradient_along_x_hat(case, dtype, rng):

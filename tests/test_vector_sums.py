@@ -71,7 +71,7 @@ def test_every_length(dtype, aligned, rng):
     "dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64], ids=lambda t: np.dtype(t).name
 )
 def test_rows_side_by_side(dtype, rng):
-    """Any number of rows has the bits of one by one; NaN between them does not count, what is behind them is left."""
+    """Any number of rows has the bits of one by one; NaN between them does not count."""
     kind = computing(np.dtype(dtype)).type
     one = np.zeros(2)
     for rows in (1, 2, 7, 8, 9, 15, 16):
@@ -111,7 +111,7 @@ def test_gradients_of_segments(dtype, rng):
             terms = own_dz, own_dz * ((own_x - mean_hi[:, np.newaxis]) * rstd[:, np.newaxis])
             for found, term in zip(sums, terms, strict=False):
                 error = np.abs(found[:rows] - term.sum(axis=(0, 2)))
-                assert (error <= 8 * eps * (np.abs(term) + 1).sum(axis=(0, 2))).all(), (rows, segments, n)
+                assert (error <= 4 * eps * np.abs(term).sum(axis=(0, 2))).all(), (rows, segments, n)
 
 
 @pytest.mark.skipif(

@@ -1,11 +1,11 @@
-"""Coefficients and sums of neighbouring slots of a block, side by side.
+"""Coefficients and sums of neighbouring slots, side by side.
 
 Loops run across slots inside those over the runs of a slot, so that they vectorize where it has one, as most have.
 """
 
 from __future__ import annotations
 
-from nbnorm._cpu.lanes import fill
+from nbnorm._cpu.lanes import add_row, fill
 from nbnorm._cpu.launch import called, helper
 from nbnorm._cpu.memory import row
 from nbnorm._cpu.tiles import add_rows, parameter
@@ -32,7 +32,7 @@ def add_chunks(sums, chunks, n):
         total, rest = row(sums, (0, k, 0), n), row(sums, (0, k + 1, 0), n)
         for chunk in range(1, chunks):
             add_rows(total, rest, row(sums, (chunk, k, 0), n))
-            add_rows(total, rest, row(sums, (chunk, k + 1, 0), n))
+            add_row(rest, row(sums, (chunk, k + 1, 0), n))
 
 
 @called

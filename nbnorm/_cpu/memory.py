@@ -1,4 +1,4 @@
-"""Parts of arrays, borrowed without checks."""
+"""Parts of arrays, borrowed without checks, and room on the stack."""
 
 from __future__ import annotations
 

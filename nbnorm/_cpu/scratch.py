@@ -39,7 +39,7 @@ def _wide(typingctx, shape):
 
 def room(shape, x, weights, activation):
     """Room for what a mask, or an activation, makes of x and dy, None without one."""
-    return None if weights is activation is None else scratch(shape, x)
+    return None if weights is None and activation is None else scratch(shape, x)
 
 
 @emitted(room)

@@ -78,7 +78,7 @@ def apply_words(x, y, mean_hi, scale, shift, activation):
 
 @loop
 def fill_counted(x, dy, residual, weights, mean_hi, scale, shift, activation, own_x, dz):
-    """Compute x and dz of one piece, as far as they count if there are weights.
+    """Compute dz of one piece and, if there are weights, x as far as it counts.
 
     What neither counts nor has a gradient may be NaN; it takes part as 0.
     """
@@ -87,7 +87,7 @@ def fill_counted(x, dy, residual, weights, mean_hi, scale, shift, activation, ow
         absent = False
         if weights is not None:
             absent = weights[i] == 0 and d == 0
-        own_x[i] = mean_hi if absent else value
+            own_x[i] = mean_hi if absent else value
         dz[i] = below_activation(d, value, residual, i, mean_hi, scale, shift, activation, absent)
 
 

@@ -12,7 +12,7 @@ from nbnorm._cpu.lane_moments import conclude
 from nbnorm._cpu.lanes import add_row, fill
 from nbnorm._cpu.launch import helper
 from nbnorm._cpu.memory import row
-from nbnorm._cpu.tiles import FOUR, careful_tile_moments, nearby, piece, sums_about, tile_squares
+from nbnorm._cpu.tiles import FOUR, careful_tile_moments, in_fours, nearby, piece, sums_about, tile_squares
 from nbnorm._math import rounded
 
 # Slots that are taken together, as many as the widest vectors have elements: rows of 32 values take 0.9 of the time of
@@ -62,7 +62,7 @@ def short_moments(x, first, apart, slots, stride, rows, n, shift, sums, mean, m2
         if mean is not None:
             held_totals(held, 0, slots, total)
         held_totals(held, 1, slots, squares)
-    elif FOUR * n <= piece(x):
+    elif in_fours(n, x) > 1:
         fill(total, 0.0)
         fill(squares, 0.0)
         add_fours(x, first, apart, stride, rows, n, shift, held, row(sums, (3, 0), slots), total, squares)

@@ -1,8 +1,8 @@
 """What a task does to chunks of neighbouring slots for their gradients.
 
 ``terms`` has eight rows of coefficients, one for each run of the slots: mean and rstd, slope, offset and gain of
-`input_gradient`, then mean, scale and shift of `normalize`, which only an activation asks for. ``sums`` has four rows
-for each chunk: sums of dz and what rounding leaves out of them, then both for dz * x_hat.
+`input_gradient`, then mean, once more, scale and shift of `normalize`, which only an activation asks for. ``sums`` has
+four rows for each chunk: sums of dz and what rounding leaves out of them, then both for dz * x_hat.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from nbnorm._cpu.segments import fill_counted, input_grad_segment
 from nbnorm._cpu.slots import fill_affine
 from nbnorm._cpu.stores import seam_like
 from nbnorm._cpu.streams import begin, finish, writer
-from nbnorm._cpu.tiles import FOUR, PIECE, add_rows, piece, piece_grad_sums, settle_rows, slot_count, within
+from nbnorm._cpu.tiles import (
+    PIECE,
+    add_rows,
+    in_fours,
+    piece,
+    piece_grad_sums,
+    settle_rows,
+    slot_count,
+    within,
+)
 from nbnorm._math import add
 
 
@@ -45,8 +54,9 @@ def hold_run(
     """Keep as number ``i`` the sums of ``n`` columns of a run in some rows from ``r`` on."""
     stride, at = cut.group * cut.inner, (r * cut.group + slot) * cut.inner + start
     mean_hi, rstd = terms[0, q], terms[1, q]
+    own_x = row(x, at, n)
     if weights is None and activation is None:
-        hold_grad_sums(row(x, at, n), stride, row(dy, at, n), stride, segments, mean_hi, rstd, held, i)
+        hold_grad_sums(own_x, stride, row(dy, at, n), stride, segments, mean_hi, rstd, held, i)
         return
     for s in range(segments):
         a = at + s * stride
@@ -55,7 +65,11 @@ def hold_run(
             own_positions(weights, cut, slot, q, r + s, start, n),
             mean_hi, terms[6, q], terms[7, q], activation, row(own_room, (0, s * n), n), row(own_room, (1, s * n), n),
         )  # fmt: skip
-    hold_grad_sums(row(own_room, (0, 0), n), n, row(own_room, (1, 0), n), n, segments, mean_hi, rstd, held, i)
+    dz = row(own_room, (1, 0), n)
+    if weights is None:
+        hold_grad_sums(own_x, stride, dz, n, segments, mean_hi, rstd, held, i)
+    else:
+        hold_grad_sums(row(own_room, (0, 0), n), n, dz, n, segments, mean_hi, rstd, held, i)
 
 
 @helper
@@ -81,9 +95,9 @@ def add_short_runs(
     """
     first_run, end_run = runs(c, n, cut.run)
     held, count, first_held, end = held_like(x), 0, first_run, r + rows
-    four = FOUR if FOUR * cut.run <= piece(x) else 1
+    together = in_fours(cut.run, x)
     while r < end:
-        segments = four if r + four <= end else 1
+        segments = min(together, end - r)
         for q in range(first_run, end_run):
             start, size = bounds(cut, q, c, n)
             hold_run(

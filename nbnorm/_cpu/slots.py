@@ -15,13 +15,7 @@ from nbnorm._cpu.segments import apply_block, apply_segment
 from nbnorm._cpu.short_slots import SLOTS, short_moments
 from nbnorm._cpu.stores import seam_like
 from nbnorm._cpu.streams import begin, finish, writer
-from nbnorm._cpu.tiles import (
-    TILE,
-    line_moments,
-    reciprocal_stds,
-    slot_count,
-    within,
-)
+from nbnorm._cpu.tiles import TILE, line_moments, reciprocal_stds, slot_count, within
 from nbnorm._math import accumulate, reciprocal_std, settled
 
 

@@ -42,10 +42,10 @@ PAST = 2048
 FETCHED = 1536
 # Samples of a band at most: their terms of the parameters' gradients are summed in the array's own type, in chains of
 # 16 additions of four terms each, before float64 takes over. Fewer where there would be less than MIN_BANDS bands, but
-# not so few that a band has less than BAND_SIZE elements, or that the sums of all bands are large beside x. Few
-# bands are a multiple of four, or two, where they can be: of 3, 5 or 7, threads would share not whole ones, but chunks,
-# pass after pass (`shares`). 18 to 201 rows take 0.76 to 0.92 of the time so, backward 0.83 to 1 (Emerald Rapids, two
-# threads; benchmarks/bench_norms.py, FewRows, before and after).
+# not so few that a band has much less than BAND_SIZE elements, or that the sums of all bands are large beside x. Few
+# bands are 8, 4 or 2 where they can be: of 3, 5 or 7, threads would share not whole ones, but chunks, pass after pass
+# (`shares`). 18 to 201 rows take 0.76 to 0.92 of the time so, backward 0.83 to 1 (Emerald Rapids, two threads;
+# benchmarks/bench_norms.py, FewRows, before and after).
 BAND = 64
 MIN_BANDS = 8
 BAND_SIZE = 16384
@@ -100,8 +100,8 @@ def geometry(view: View, threads: int, masked: bool = False, size: int = 0, lett
 def samples_in_band(samples: int, size: int) -> int:
     """Return how many samples make a band, such that two or four threads may share few bands equally."""
     wanted = min(max(MIN_BANDS, samples // BAND), -(-size // BAND_SIZE))
-    fours = -(-wanted // 4) * 4
-    for bands in (fours, fours + 4, 4, 2) if 2 < wanted <= MIN_BANDS else ():
+    few = (8, 4, 2) if wanted > 4 else (4, 2)
+    for bands in few if 2 < wanted <= MIN_BANDS else ():
         band = -(-samples // bands)
         if FOUR <= band <= BAND and -(-samples // band) == bands:
             return band

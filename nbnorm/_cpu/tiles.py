@@ -36,9 +36,9 @@ from nbnorm._math import (
 # is longer than 32 additions, which keeps a float32 sum within about one part in ten million.
 PIECE = 1024
 WIDE_PIECE = 256  # of float64, whose accumulators are fewer and whose promise is tighter
-# Short segments, or samples, that a loop goes through at once: what it does once, as putting its accumulators together
-# or reading and writing sums, it does for all of them. Segments of 81 to 196 take 0.7 to 0.9 of the time then
-# (benchmarks/bench_batch_norm.py, ShortSegments, before and after; Zen 4).
+# Short segments, or samples, that are gone through at once: what is done once, as putting accumulators together or
+# reading and writing sums, is done for all of them. Segments of 81 to 196 took 0.7 to 0.9 of the time then, with sums
+# that were not put together side by side (benchmarks/bench_batch_norm.py, ShortSegments, before and after; Zen 4).
 FOUR = 4
 # Values that share a shift and one Chan merge (16 KB of float32, half a first-level cache).
 TILE = 4096
@@ -62,6 +62,12 @@ def trusted(squares, m2, single):
 def piece(x):
     """Size of the pieces of an array."""
     return PIECE if x.itemsize < 8 else WIDE_PIECE
+
+
+@helper
+def in_fours(n, x):
+    """How many of some segments of ``n`` values are summed at once: four, if they fit a piece, else one."""
+    return FOUR if FOUR * n <= piece(x) else 1
 
 
 @helper

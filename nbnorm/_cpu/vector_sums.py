@@ -92,11 +92,16 @@ def emit_sums(builder: Any, walk: Walk, terms: Terms, keep: Callable[[int, Any],
     with builder.if_else(enough) as (many, few):
         with few:
             nothing = ir.Constant(walk.vector.element, 0.0)
+            sums = [cgutils.alloca_once_value(builder, nothing) for _ in range(2)]
             places = [cgutils.alloca_once_value(builder, nothing) for _ in range(2)]
             for _ in walk.each():
+                for place in places:  # one chain of additions for each segment
+                    builder.store(nothing, place)
                 for values in walk.values():
                     _add(builder, places, *terms(values, None))
-            for k, place in enumerate(places):
+                for place, own in zip(sums, places, strict=True):
+                    builder.store(builder.fadd(builder.load(place), builder.load(own)), place)
+            for k, place in enumerate(sums):
                 keep(k, builder.load(place))
         with many:
             # Vectors whose accumulators fit into the registers, those of AVX2, too.

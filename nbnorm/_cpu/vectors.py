@@ -43,6 +43,8 @@ class Walk:
         That of a vector.
     zero : llvmlite constant
         One of zeros.
+    n : llvmlite value
+        Elements of a row.
     """
 
     def __init__(
