@@ -1,4 +1,4 @@
-"""What a task does to chunks of neighbouring slots."""
+"""What a task does to chunks of neighbouring slots to normalize them; `slot_grads` for their gradients."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ FETCHED = 1536
 # 16 additions of four terms each, before float64 takes over. Fewer where there would be less than MIN_BANDS bands, but
 # not so few that a band has much less than BAND_SIZE elements, or that the sums of all bands are large beside x. Few
 # bands are 8, 4 or 2 where they can be: of 3, 5 or 7, threads would share not whole ones, but chunks, pass after pass
-# (`shares`). 18 to 201 rows take 0.76 to 0.92 of the time so, backward 0.83 to 1 (Emerald Rapids, two threads;
+# (`shares`). 18 to 201 rows take 0.73 to 0.95 of the time so, backward 0.77 to 1.04 (Emerald Rapids, two threads;
 # benchmarks/bench_norms.py, FewRows, before and after).
 BAND = 64
 MIN_BANDS = 8
