@@ -25,31 +25,28 @@ def steps() -> dict[str, dict[str, Callable[[], object]]]:
     rng = np.random.default_rng(0)
     x, dy, y, dx = (rng.standard_normal(SHAPE, np.float32) for _ in range(4))
     weight, bias, dweight, dbias, *running = (np.ones(SHAPE[1], np.float32) for _ in range(6))
-    call = _call.batch_call("batch_norm_forward", x, weight, bias, 1e-5, 1, y)
     _, saved = nbnorm.batch_norm_forward(x, weight, bias, out=y)
     view, count, mean, rstd, m2 = saved.view, saved.count, saved.mean, saved.rstd, saved.m2
+    epilogue = saved.epilogue
     g, sums = columns.geometry(view, 1), np.zeros((2, view.slots, view.width))
     lines = x.reshape(-1), dy.reshape(-1), y.reshape(-1), dx.reshape(-1)
     outs = dx, dweight, dbias
-    options, for_gradients = (
-        _cpu._options(view, call.epilogue, None, gradient) for gradient in (False, True)
-    )
+    options, for_gradients = (_cpu._options(view, epilogue, None, gradient) for gradient in (False, True))
     return {
         "forward": {
             "call": lambda: nbnorm.batch_norm_forward(x, weight, bias, out=y),
             "with running statistics": lambda: nbnorm.batch_norm_forward(x, weight, bias, *running, out=y),
-            "checks and plan": lambda: _call.batch_call("batch_norm_forward", x, weight, bias, 1e-5, 1, y),
+            "its kind": lambda: _call.known("batch", 1, None, _call.PLAIN, x, weight, bias, y),
             "settings": lambda: _batch.training(0.1, 1, "error", "propagate"),
-            "backend": lambda: _cpu.forward(view, x, y, call.epilogue, 1e-5),
+            "backend": lambda: _cpu.forward(view, x, y, epilogue, 1e-5),
             "of it the kernel": lambda: columns.forward_kernel.serial(
                 g, lines[0], lines[2], *options, 1e-5, mean, m2, rstd
             ),
-            "what backward needs": lambda: _call.save(call, "batch_norm", mean, rstd, count, m2),
         },
         "backward": {
             "call": lambda: nbnorm.batch_norm_backward(dy, saved, out=outs),
             "checks": lambda: _gradients._at_a_glance(dy, saved, outs, 3),
-            "backend": lambda: _cpu.backward(view, x, dy, dx, None, mean, rstd, call.epilogue, count),
+            "backend": lambda: _cpu.backward(view, x, dy, dx, None, mean, rstd, epilogue, count),
             "of it the kernel": lambda: columns.backward_kernel.serial(
                 g, lines[0], lines[1], lines[3], None, mean, rstd, *for_gradients, sums, float(count), None
             ),

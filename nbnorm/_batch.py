@@ -10,6 +10,7 @@ import numpy as np
 from nbnorm import _call, _checks, _glance, _masks, _warn, running
 from nbnorm._call import Call
 from nbnorm._dispatch import backend
+from nbnorm._known import Kind
 from nbnorm._options import Epilogue
 from nbnorm.moments import Moments
 from nbnorm.running import Pair, Rule
@@ -73,6 +74,26 @@ def forward_training(
         pair, settings = None, settings._replace(renorm=None)
     y, saved = normalize_batch(call, pair, settings)
     return y, saved, track(saved, pair, settings.rule)
+
+
+def forward_known(
+    operation: str, kind: Kind, x: Array, weight: Array | None, bias: Array | None, eps: Any, out: Array | None,
+    running_mean: Any, running_var: Any, settings: Training,
+) -> tuple[Array, Saved, int | None] | None:  # fmt: skip
+    """`forward_training` for a call of a known kind in few steps; None where it takes more of them."""
+    if settings.renorm is not None or settings.rule.nonfinite == "raise" or kind.values == 1.0:
+        return None
+    pair = None
+    if not running_mean is running_var is None:
+        owned = out is not None or _glance.owners(x, weight, bias)
+        if not (
+            owned
+            and _glance.fitting_pair(running_mean, running_var, kind.view.slots, x, weight, bias, None, out)
+        ):
+            return None
+        pair = running_mean, running_var
+    y, saved = _call.normalize_known(operation, "batch_norm", kind, x, weight, bias, eps, out, tracked=True)
+    return y, saved, None if pair is None else running.update(pair, saved, settings.rule)
 
 
 def track(saved: Saved, pair: Pair | None, rule: Rule) -> int | None:
@@ -182,6 +203,7 @@ def forward_by_constants(call: Call, mean: Array, var: Array) -> tuple[Array, Sa
 
 def forward_eval(call: Call, running_mean: Any, running_var: Any) -> tuple[Array, Saved]:
     """Normalize by the running statistics, as constants."""
+    _call.keep_inputs(call)
     if running_mean is None or running_var is None:
         raise ValueError("running_mean and running_var are required when training=False")
     mean = _checks.statistic("running_mean", running_mean, call.view.slots)

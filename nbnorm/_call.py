@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbnorm import _activation, _checks, _glance, _layout, _masks, _warn
+from nbnorm import _activation, _checks, _cpu, _glance, _known, _layout, _masks, _warn
 from nbnorm._dispatch import backend
+from nbnorm._known import Kind
 from nbnorm._layout import Order, Planner
 from nbnorm._options import Epilogue, Mask
 from nbnorm._view import View, batch_view, group_view, sample_axis, trailing_view
@@ -68,87 +69,116 @@ def batch_call(
     options: Options = PLAIN,
 ) -> Call:  # fmt: skip
     """Check and plan a call of batch norm."""
+    key, kind = known("batch", channel_axis, None, options, x, weight, bias, out)
+    if kind is not None:
+        return _of_kind(operation, kind, x, weight, bias, eps, out)
     source = _checks.array("x", x)
     _checks.at_least_2d(operation, source)
     axis = _checks.axis("channel_axis", channel_axis, source.ndim)
-    owned = (
-        _glance.fitting_inputs(source, weight, bias, out, (source.shape[axis],)) if options is PLAIN else None
+    given = (
+        _checks.parameter("weight", weight, axis, source.shape),
+        _checks.parameter("bias", bias, axis, source.shape),
     )
-    if owned is not None:
-        view = batch_view(source.shape, source.strides, source.itemsize, axis)
-        if view is not None:
-            return _at_a_glance(operation, source, view, sample_axis(axis), weight, bias, eps, out, owned)
-    weight = _checks.parameter("weight", weight, axis, source.shape)
-    bias = _checks.parameter("bias", bias, axis, source.shape)
     masked = options.mask is not None
 
     def planner(shape: Shape, strides: Shape, itemsize: int) -> View | None:
         return batch_view(shape, strides, itemsize, axis, masked)
 
-    return _call(operation, source, planner, tuple, axis, sample_axis(axis), weight, bias, eps, out, options)
+    call = _call(operation, source, planner, tuple, axis, sample_axis(axis), *given, eps, out, options)
+    _note(key, call, x, weight, bias, (source.shape[axis],))
+    return call
 
 
 def group_call(
     operation: str, x: Any, groups: int | None, weight: Any, bias: Any, eps: Any, channel_axis: Any, out: Any,
     options: Options = PLAIN,
-) -> tuple[Call, tuple[int, int]]:  # fmt: skip
+) -> tuple[Call, Shape]:  # fmt: skip
     """Check and plan a call of group norm, or of instance norm without ``groups``; also the shape of its means."""
+    key, kind = known("group", channel_axis, groups, options, x, weight, bias, out)
+    if kind is not None:
+        return _of_kind(operation, kind, x, weight, bias, eps, out), kind.shape
     source = _checks.array("x", x)
     _checks.at_least_2d(operation, source)
     axis = _checks.axis("channel_axis", channel_axis, source.ndim)
     channels = source.shape[axis]
     groups = channels if groups is None else _checks.num_groups(groups, channels)
     samples = sample_axis(axis)
-    owned = _glance.fitting_inputs(source, weight, bias, out, (channels,)) if options is PLAIN else None
-    if owned is not None:
-        view = group_view(source.shape, source.strides, source.itemsize, axis, groups)
-        if view is not None:
-            call = _at_a_glance(operation, source, view, samples, weight, bias, eps, out, owned)
-            return call, (source.shape[samples], groups)
-    weight = _checks.parameter("weight", weight, axis, source.shape)
-    bias = _checks.parameter("bias", bias, axis, source.shape)
+    given = (
+        _checks.parameter("weight", weight, axis, source.shape),
+        _checks.parameter("bias", bias, axis, source.shape),
+    )
     planner = partial(group_view, channel_axis=axis, num_groups=groups, plain=options.plain)
 
     def order() -> list[int]:
         return [samples, axis, *(i for i in range(source.ndim) if i not in (samples, axis))]
 
-    call = _call(operation, source, planner, order, axis, samples, weight, bias, eps, out, options)
-    return call, (source.shape[samples], groups)
+    call = _call(operation, source, planner, order, axis, samples, *given, eps, out, options)
+    shape = source.shape[samples], groups
+    _note(key, call, x, weight, bias, shape)
+    return call, shape
 
 
 def trailing_call(
     operation: str, x: Any, axis: Any, weight: Any, bias: Any, eps: Any, out: Any
-) -> tuple[Call, tuple[int, ...]]:
+) -> tuple[Call, Shape]:
     """Check and plan a call over trailing axes; also the shape of its means."""
+    key, kind = known("trailing", axis, None, PLAIN, x, weight, bias, out)
+    if kind is not None:
+        return _of_kind(operation, kind, x, weight, bias, eps, out), kind.shape
     source = _checks.array("x", x)
     split = _checks.trailing_axes(operation, axis, source.ndim)
-    normalized = source.shape[split:]
-    owned = _glance.fitting_inputs(source, weight, bias, out, normalized)
-    if owned is not None:
-        view = trailing_view(source.shape, source.strides, source.itemsize, len(normalized))
-        if view is not None:
-            call = _at_a_glance(operation, source, view, -1, weight, bias, eps, out, owned)
-            return call, source.shape[:split]
-    weight = _checks.normalized_parameter("weight", weight, normalized, source.shape)
-    bias = _checks.normalized_parameter("bias", bias, normalized, source.shape)
+    shape, normalized = source.shape[:split], source.shape[split:]
+    given = (
+        _checks.normalized_parameter("weight", weight, normalized, source.shape),
+        _checks.normalized_parameter("bias", bias, normalized, source.shape),
+    )
     planner = partial(trailing_view, normalized=len(normalized))
     order = partial(range, source.ndim)
-    call = _call(operation, source, planner, order, -1, -1, weight, bias, eps, out, PLAIN)
-    return call, source.shape[:split]
+    call = _call(operation, source, planner, order, -1, -1, *given, eps, out, PLAIN)
+    _note(key, call, x, weight, bias, shape)
+    return call, shape
 
 
-def _at_a_glance(
-    operation: str, x: Array, view: View, samples: int, weight: Array | None, bias: Array | None, eps: Any, out: Any,
-    owned: bool,
-) -> Call:  # fmt: skip
-    """Return a call without options whose arrays surely pass all checks and have a view as they lie in memory.
+def known(
+    family: str, axis: Any, groups: Any, options: Options, x: Any, weight: Any, bias: Any, out: Any
+) -> tuple[_known.Key | None, Kind | None]:
+    """Return by what a call is known, and its kind if it is; one with arrays among its options is not."""
+    if options.residual is options.mask is None:
+        return _known.find(family, axis, groups, options.activation, x, weight, bias, out)
+    return None, None
 
-    So it is for most calls, of which small ones notice what `_call` does (benchmarks/small_call.py).
-    """
-    epilogue = Epilogue(weight, bias)
+
+def _of_kind(
+    operation: str,
+    kind: Kind,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    eps: Any,
+    out: Array | None,
+) -> Call:
+    """Return a call of a known kind."""
+    epilogue = Epilogue(weight, bias, None, kind.activation)
+    owned = out is not None or _glance.owners(x, weight, bias)
     return Call(
-        operation, x, x, view, None, epilogue, False, None, samples, _checks.eps(eps), out, owned, True
+        operation, x, x, kind.view, None, epilogue, False, None, kind.samples, _checks.eps(eps), out, owned, True
     )  # fmt: skip
+
+
+def _note(key: _known.Key | None, call: Call, x: Any, weight: Any, bias: Any, shape: Shape) -> None:
+    """Remember the kind of a call whose arrays have been taken as they are."""
+    if (
+        key is not None
+        and call.view.size
+        and call.x is x
+        and call.epilogue.weight is weight
+        and call.epilogue.bias is bias
+        and _layout.empty_like(x).strides == x.strides
+    ):
+        kind = Kind(
+            call.view, call.sample_axis, shape, np.float64(call.view.values), call.epilogue.activation
+        )
+        _known.note(key, kind)
 
 
 def _call(
@@ -227,19 +257,24 @@ def _room(call: Call) -> tuple[Array, Array]:
     return target, _layout.workspace(target, call.x, call.x, call.epilogue.residual)
 
 
-def normalize(
-    norm: str, call: Call, statistics: tuple[int, ...], centered: bool = True
-) -> tuple[Array, Saved]:
-    """Run a forward call whose every sample has statistics of its own, of the shape ``statistics``."""
-    keep_inputs(call)
-    if call.mask is not None:
-        call = counted(call)
-    y, mean, m2, rstd = forward(call, centered)
-    if call.eps == 0.0:
-        warn_of_zero_over_zero(call, m2)
-    count = np.float64(call.view.values) if call.mask is None else call.mask.counts[:, np.newaxis]
-    mean = None if mean is None else mean.reshape(statistics)
-    return y, save(call, norm, mean, rstd.reshape(statistics), count, None)
+def normalize_known(
+    operation: str, norm: str, kind: Kind, x: Array, weight: Array | None, bias: Array | None, eps: Any,
+    out: Array | None, centered: bool = True, tracked: bool = False,
+) -> tuple[Array, Saved]:  # fmt: skip
+    """Run a forward call of a known kind by x's own statistics, in few steps; ``tracked``: m2 is saved, too."""
+    eps = _checks.eps(eps)
+    y = np.empty_like(x) if out is None else out
+    view, _, shape, values, activation = kind
+    epilogue = Epilogue(weight, bias, None, activation)
+    mean, m2, rstd = _cpu.forward(view, x, y, epilogue, eps, centered)
+    if eps == 0.0:
+        warn_of_zero_over_zero(_of_kind(operation, kind, x, weight, bias, eps, out), m2)
+    if len(shape) != 1:
+        mean, rstd = None if mean is None else mean.reshape(shape), rstd.reshape(shape)
+    saved = Saved(
+        norm, x, weight, bias, mean, rstd, values, m2 if tracked else None, False, view, None, epilogue, False
+    )
+    return y, saved
 
 
 def warn_of_zero_over_zero(call: Call, m2: Array) -> None:

@@ -28,10 +28,23 @@ def slices(x_shape: tuple[int, ...], channel_axis: int, size: int) -> Slices:
 
 
 def forward_training(
-    call: Call, size: int | None, channel_axis: int, options: Options, running_mean: Any, running_var: Any,
-    settings: Training,
+    operation: str, x: Any, weight: Any, bias: Any, eps: Any, channel_axis: Any, out: Any, options: Options,
+    running_mean: Any, running_var: Any, size: int | None, settings: Training,
 ) -> tuple[Array, Saved, int | None]:  # fmt: skip
     """Normalize each virtual batch of ``size``, or the batch; its moments enter the running statistics once."""
+    if size is None:
+        kind = _call.known("batch", channel_axis, None, options, x, weight, bias, out)[1]
+        found = (
+            None
+            if kind is None
+            else _batch.forward_known(
+                operation, kind, x, weight, bias, eps, out, running_mean, running_var, settings
+            )
+        )
+        if found is not None:
+            return found
+    call = _call.batch_call(operation, x, weight, bias, eps, channel_axis, out, options)
+    _call.keep_inputs(call)
     if size is None:
         return _batch.forward_training(call, running_mean, running_var, settings)
     axis = _checks.axis("channel_axis", channel_axis, call.source.ndim)

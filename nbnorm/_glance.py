@@ -22,41 +22,9 @@ def fitting(value: Any, like: Any) -> bool:
     )
 
 
-def fitting_inputs(x: Any, weight: Any, bias: Any, out: Any, parameters: tuple[int, ...]) -> bool | None:
-    """Return None where arrays of a forward call are left to `_checks`; else whether all surely own their memory.
-
-    ``x`` is an array that has been checked, ``parameters`` the shape of weight and bias. Whether x is dense in memory
-    remains to be seen. A buffer is seen to be apart only where all own their memory.
-    """
-    if type(x) is not np.ndarray or x.dtype not in PARAMETERS:
-        return None
-    owned = x.base is None
-    for parameter in (weight, bias):
-        if parameter is not None:
-            if not (
-                type(parameter) is np.ndarray
-                and parameter.shape == parameters
-                and parameter.dtype in PARAMETERS
-                and parameter.flags.aligned
-            ):
-                return None
-            owned = owned and parameter.base is None
-    if out is None:
-        return owned
-    apart = owned and fitting(out, x) and out.base is None and not (out is x or out is weight or out is bias)
-    return True if apart else None
-
-
 def fitting_pair(
-    running_mean: Any,
-    running_var: Any,
-    channels: int,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    residual: Any,
-    out: Any,
-) -> bool:
+    running_mean: Any, running_var: Any, channels: int, x: Any, weight: Any, bias: Any, residual: Any, out: Any
+) -> bool:  # fmt: skip
     """Whether running statistics surely pass all checks beside arrays that are `owners`, seen at a glance."""
     return (
         type(running_mean) is type(running_var) is np.ndarray

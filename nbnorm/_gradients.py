@@ -33,8 +33,14 @@ def backward(
     if type(saved) is not Saved or saved.norm != norm:  # small calls notice a look through the function
         check_saved(norm, saved)
     if need is names and _at_a_glance(dy, saved, out, len(names)):
-        dx = _layout.empty_like(saved.x) if out is None else out[0]
-        sums = _whole(dy, saved, dx, None, saved.weight is not None or saved.bias is not None)
+        x, weight, bias, mean, rstd = saved.x, saved.weight, saved.bias, saved.mean, saved.rstd
+        dx = _layout.empty_like(x) if out is None else out[0]
+        if rstd.ndim != 1:
+            mean, rstd = _statistics(saved)
+        sums = backend(x).backward(
+            saved.view, x, dy, dx, None, mean, rstd, saved.epilogue, saved.count, saved.mask,
+            not weight is bias is None,
+        )  # fmt: skip
         return (dx, *_parameter_gradients(sums, saved, NO_BUFFERS if out is None else out, len(names)))
     known = (*names, "dresidual") if saved.with_residual else names
     needed = _needed(need, names, known)
@@ -64,24 +70,25 @@ def _at_a_glance(dy: Any, saved: Saved, out: Any, names: int) -> bool:
     but not overlap it otherwise: each owns its memory.
     """
     x = saved.x
-    if (
-        not _glance.fitting(dy, x)
-        or dy.strides != x.strides
-        or saved.constant
-        or saved.parts
-        or saved.with_residual
-        or saved.order is not None
-        or saved.correction is not None
-    ):
-        return False
-    if out is None:
-        return True
     return (
-        type(out) is tuple
-        and len(out) == names == 3
-        and _glance.fitting_gradients(*out, x, saved.weight, saved.bias)
-        and out[0].strides == x.strides
-        and dy.base is None
+        type(dy) is type(x) is np.ndarray
+        and dy.shape == x.shape
+        and dy.strides == x.strides
+        and dy.dtype == x.dtype
+        and dy.flags.behaved
+        and not (saved.constant or saved.parts or saved.with_residual)
+        and saved.order is None
+        and saved.correction is None
+        and (
+            out is None
+            or (
+                type(out) is tuple
+                and len(out) == names == 3
+                and dy.base is None
+                and _glance.fitting_gradients(*out, x, saved.weight, saved.bias)
+                and out[0].strides == x.strides
+            )
+        )
     )
 
 

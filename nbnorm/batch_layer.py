@@ -150,30 +150,28 @@ class BatchNorm(ChannelLayer):
     def _normalize(self, x: Array, out: Array | None, **options: Any) -> tuple[Array, Saved]:
         """Normalize by the batch in training, else by a snapshot of the running statistics."""
         weight, bias = self.params.get("weight"), self.params.get("bias")
-        given = _call.options_of(**options)
-        call = _call.batch_call("BatchNorm", x, weight, bias, self.eps, self.channel_axis, out, given)
-        _call.keep_inputs(call)
+        given = "BatchNorm", x, weight, bias, self.eps, self.channel_axis, out, _call.options_of(**options)
         with self._lock:
             if self.training or not self._running:
-                return self._train_on(call, given)
+                momentum = 1.0 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
+                momentum = 0.0 if self._observe else momentum
+                settings = _batch.training(momentum, self.ddof, self.small_batch, self.nonfinite, self.renorm)
+                mean, var = self._running.values() or (None, None)
+                y, saved, update = _ghost.forward_training(
+                    *given, mean, var, self.virtual_batch_size, settings
+                )
+                self._track(x, options.get("mask"), update)
+                return y, saved
             mean, var = (statistic.copy() for statistic in self._running.values())
-        return _batch.forward_eval(call, mean, var)
+        return _batch.forward_eval(_call.batch_call(*given), mean, var)
 
-    def _train_on(self, call: _call.Call, options: _call.Options) -> tuple[Array, Saved]:
-        """Normalize by the batch and track it; under the lock, so that threads lose no update."""
-        momentum = 1.0 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
-        momentum = 0.0 if self._observe else momentum
-        settings = _batch.training(momentum, self.ddof, self.small_batch, self.nonfinite, self.renorm)
-        mean, var = self._running.values() or (None, None)
-        y, saved, update = _ghost.forward_training(
-            call, self.virtual_batch_size, self.channel_axis, options, mean, var, settings
-        )
+    def _track(self, x: Array, mask: Any, update: int | None) -> None:
+        """Count a batch, and the updates that it has skipped, or show it to who observes; under the lock."""
         if self._observe:
-            self._observe(call.source, options.mask)
+            self._observe(x, mask)
         else:
             self._tracked += update is not None
             self.skipped_updates += 0 if update is None else update
-        return y, saved
 
     def reset_running_stats(self) -> None:
         """Forget all batches: running mean 0, running variance 1."""

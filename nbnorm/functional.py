@@ -125,15 +125,12 @@ def batch_norm_forward(
     array([ 2., 20.])
     """
     options = _call.options_of(activation, residual, mask)
-    call = _call.batch_call("batch_norm_forward", x, weight, bias, eps, channel_axis, out, options)
     settings = _batch.training(momentum, ddof, small_batch, nonfinite, renorm)
     size = _checks.virtual_batch_size(virtual_batch_size)
-    _call.keep_inputs(call)
+    given = "batch_norm_forward", x, weight, bias, eps, channel_axis, out, options
     if not training:
-        return _batch.forward_eval(call, running_mean, running_var)
-    y, saved, _ = _ghost.forward_training(
-        call, size, channel_axis, options, running_mean, running_var, settings
-    )
+        return _batch.forward_eval(_call.batch_call(*given), running_mean, running_var)
+    y, saved, _ = _ghost.forward_training(*given, running_mean, running_var, size, settings)
     return y, saved
 
 

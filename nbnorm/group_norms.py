@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm import _call, _gradients
+from nbnorm import _call, _gradients, _samples
 from nbnorm._call import Activation
 from nbnorm._gradients import GRADIENTS
 from nbnorm.saved import Saved
@@ -77,10 +77,7 @@ def group_norm_forward(
     array([[-1.,  1., -1.,  1.]])
     """
     options = _call.options_of(activation, residual, mask)
-    call, statistics = _call.group_call(
-        "group_norm_forward", x, num_groups, weight, bias, eps, channel_axis, out, options
-    )
-    return _call.normalize("group_norm", call, statistics)
+    return _samples.over_groups("group_norm", x, num_groups, weight, bias, eps, channel_axis, out, options)
 
 
 def group_norm_backward(
@@ -187,10 +184,7 @@ def instance_norm_forward(
             [-1.,  1.]]])
     """
     options = _call.options_of(activation, residual, mask)
-    call, statistics = _call.group_call(
-        "instance_norm_forward", x, None, weight, bias, eps, channel_axis, out, options
-    )
-    return _call.normalize("instance_norm", call, statistics)
+    return _samples.over_groups("instance_norm", x, None, weight, bias, eps, channel_axis, out, options)
 
 
 def instance_norm_backward(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nbnorm import _call, _gradients
+from nbnorm import _gradients, _samples
 from nbnorm._gradients import GRADIENTS, WITHOUT_BIAS
 from nbnorm.saved import Saved
 
@@ -64,8 +64,7 @@ def layer_norm_forward(
     array([[-1.,  1.],
            [-1.,  1.]])
     """
-    call, statistics = _call.trailing_call("layer_norm_forward", x, axis, weight, bias, eps, out)
-    return _call.normalize("layer_norm", call, statistics)
+    return _samples.over_trailing_axes("layer_norm", x, axis, weight, bias, eps, out)
 
 
 def layer_norm_backward(
@@ -155,8 +154,7 @@ def rms_norm_forward(
     >>> y
     array([[0.2, 1.4]])
     """
-    call, statistics = _call.trailing_call("rms_norm_forward", x, axis, weight, None, eps, out)
-    return _call.normalize("rms_norm", call, statistics, centered=False)
+    return _samples.over_trailing_axes("rms_norm", x, axis, weight, None, eps, out, centered=False)
 
 
 def rms_norm_backward(

@@ -7,7 +7,7 @@ import pytest
 
 import nbnorm
 import oracle
-from nbnorm import _call, _gradients
+from nbnorm import _call, _gradients, _known
 
 
 def call(rng, **changes):
@@ -98,18 +98,55 @@ def ordinary(norm, rng):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_ordinary_forward_calls_are_seen_at_a_glance(norm, rng, monkeypatch):
+def test_forward_calls_of_a_known_kind(norm, rng, monkeypatch):
     """They take no other way to their plan, nor do views without a buffer to overlap; all give the same bits."""
     forward, given, options = ordinary(norm, rng)
     views = {name: array[:] for name, array in given.items()}
     expected = forward(**views, **options)[0].copy()
+    for known in (given, {"x": given["x"]}):
+        forward(**known, **options)
     monkeypatch.setattr(_call, "_call", None)
     new = {"out": None}
     for arguments in (given, given | new, views | new, given | new | {"x": read_only(given["x"][:])}):
         oracle.assert_same_bits(forward(**arguments, **options)[0], expected)
     forward(given["x"], **options)
-    with pytest.raises(TypeError, match="not callable"):
-        forward(**given | {"x": given["x"][:]}, **options)
+    for other in ({"x": given["x"][:]}, {"x": given["x"].astype(np.float64), "out": None}):
+        with pytest.raises(TypeError, match="not callable"):
+            forward(**given | other, **options)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_kinds_that_are_forgotten(norm, rng, monkeypatch):
+    """More kinds than are remembered: each call is like the first one."""
+    forward, given, options = ordinary(norm, rng)
+    monkeypatch.setattr(_known, "_kinds", {})
+    monkeypatch.setattr(_known, "MOST", 2)
+    x = given["x"]
+    shapes = x, x[:, :, :2].copy(), x[:2].copy(), x.astype(np.float64), x.astype(np.float16)
+    calls = [(lambda own=own: forward(own, **options)[0]) for own in shapes]
+    expected = [call() for call in calls]
+    for call, first in zip(calls * 2, expected * 2, strict=True):
+        oracle.assert_same_bits(call(), first)
+        oracle.assert_same_bits(call(), first)
+        assert 1 <= len(_known._kinds) <= 2
+
+
+@pytest.mark.parametrize(
+    ("norm", "name", "known", "fault"),
+    [
+        ("batch", "channel_axis", 1, True),
+        ("group", "num_groups", 1, True),
+        ("layer", "axis", (1, 2), (True, 2)),
+    ],
+)
+def test_true_is_not_one(norm, name, known, fault, rng):
+    """A kind of call is not known by what only equals its settings."""
+    forward, given, options = ordinary(norm, rng)
+    x = given["x"]
+    for _ in range(2):
+        forward(x, **options | {name: known})
+    with pytest.raises((TypeError, ValueError), match=f"{name} must .* True"):
+        forward(x, **options | {name: fault})
 
 
 @pytest.mark.parametrize("norm", NORMS)

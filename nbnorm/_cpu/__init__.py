@@ -165,7 +165,7 @@ def _gradients(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, ma
         return
     threads = threads_for(view.size)
     walk, g, team = _gradient_start(view, threads, x, dx, mask)
-    arrays = (g, flat(x), flat(dy), optional(dx), optional(dresidual), mean, rstd)
+    arrays = g, flat(x), flat(dy), optional(dx), optional(dresidual), mean, rstd
     options = _options(view, epilogue, mask, gradient=True)
     if team and dx is not None and constant is None:
         walk.backward_kernel.on(team)(*arrays, *options, sums, *_counts(count))
