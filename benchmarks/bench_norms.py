@@ -111,12 +111,19 @@ class InstanceNorm(_Norm):
 class ShortPlanes(Timed):
     """What does a plane of instance norm, or of a channel of group norm, cost beside its elements?"""
 
-    params = (TRAINING, ["instance", "group"], [16, 25, 49, 64, 100, 196, 256, 400], ["1 MB", "12 MB"])
+    params = (
+        TRAINING,
+        ["instance", "group of 4", "group of 32"],
+        [16, 25, 49, 64, 100, 196, 256, 400],
+        ["1 MB", "12 MB"],
+    )
     param_names = ("operation", "norm", "plane", "size")
 
     def measure(self, operation, norm, plane, size):
         values = {"1 MB": 1 << 18, "12 MB": 3 << 20}[size]
-        return measure(operation, Case(norm, (values // (128 * plane), 128, plane), num_groups=32))
+        name, _, channels = norm.partition(" of ")
+        groups = 128 // int(channels or 1)
+        return measure(operation, Case(name, (values // (128 * plane), 128, plane), num_groups=groups))
 
     def setup_cache(self):
         return measured(self)

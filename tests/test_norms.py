@@ -75,6 +75,8 @@ GROUPED = [
     Grouped((5, 6), 1, 6, "slots of one value: output is the bias, dx is 0"),
     Grouped((6, 4, 9), 0, 2, "the channel axis leads, so samples lie on axis 1: packed once"),
     Grouped((1, 4, 300, 301), 1, 2, "slots past several chunks, one sample"),
+    Grouped((1, 2100, 5, 7), 1, 1, "short runs, one of which a chunk cuts"),
+    Grouped((3, 64, 5, 5), 1, 2, "many short runs"),
     Grouped((2, 300, 301, 4), -1, 2, "columns past several chunks"),
     Grouped((3, 64, 10, 10), 1, 32, "many groups of two channels"),
     Grouped((3, 6, 5, 4), 1, 2, "an order of axes without a view", "F"),

@@ -34,12 +34,13 @@ def sums_of_rows(x, first, apart, n, shift, sums):
 
 @kernel
 def grad_sums_of_rows(x, dz, first, apart, n, segments, stride, mean_hi, rstd, sums):
-    """Sums of dz and of dz * x_hat of some rows of a line, each some segments."""
+    """Sums of dz and of dz * x_hat of some rows of a line, each some segments; of neighbours at once."""
     rows = mean_hi.shape[0]
-    held = held_like(x)
-    for k in range(rows):
-        i = first + k * apart
-        hold_grad_sums(row(x, i, n), stride, row(dz, i, n), stride, segments, mean_hi[k], rstd[k], held, k)
+    held, some = held_like(x), rows if apart == n else 1
+    for k in range(0, rows, some):
+        own_x, own_dz = row(x, first + k * apart, some * n), row(dz, first + k * apart, some * n)
+        terms = row(mean_hi, k, some), row(rstd, k, some)
+        hold_grad_sums(own_x, stride, own_dz, stride, segments, n, *terms, held, k)
     for which in range(2):
         held_totals(held, which, rows, row(sums, (which, 0), ROWS))
 
@@ -103,7 +104,7 @@ def test_gradients_of_segments(dtype, rng):
             counted = counted + np.arange(n)
             for line in (x, dz):
                 line[counted] = (rng.standard_normal(counted.shape) + 1).astype(dtype)
-            mean_hi, rstd = rng.standard_normal((2, rows)).astype(kind)
+            mean_hi, rstd = rng.standard_normal((2, rows)).astype(kind).copy()
             sums = np.full((3, ROWS), np.nan)
             given = [line if line.itemsize > 2 else stored(line) for line in (x, dz)]
             grad_sums_of_rows(*given, 5, apart, n, segments, stride, mean_hi, rstd, sums)

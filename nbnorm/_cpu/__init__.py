@@ -138,10 +138,12 @@ def _no_sums(view: View) -> Array:
 def _by_parameter(view: View, sums: Array) -> Sums:
     """Add the sums of slots that share parameters."""
     parameters = view.period * view.width
-    if sums.size != 2 * parameters:
-        sums = np.add.reduce(sums.reshape(2, -1, parameters), axis=1)
-    sums = sums.reshape(2, parameters)
-    return sums[0], sums[1]
+    if sums.size == 2 * parameters:
+        total = sums.reshape(2, parameters)
+    else:
+        total = np.zeros((2, parameters))
+        _add_kernel(sums.reshape(2, -1, parameters), total)
+    return total[0], total[1]
 
 
 def input_grad(
@@ -238,6 +240,14 @@ def update_running(
     The variance is m2 / freedom; without freedom only the mean is blended. Returns the number of slots left out.
     """
     return int(_update_kernel(running_mean, running_var, mean, m2, freedom, momentum, guard))
+
+
+@kernel
+def _add_kernel(sums, total):
+    for i in range(2):
+        for k in range(sums.shape[1]):
+            for p in range(sums.shape[2]):
+                total[i, p] += sums[i, k, p]
 
 
 @kernel

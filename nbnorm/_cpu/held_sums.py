@@ -15,7 +15,7 @@ from numba.core import cgutils
 
 from nbnorm._cpu.halves import widen
 from nbnorm._cpu.memory import emit_room
-from nbnorm._cpu.row_type import Row, data_of, size_of
+from nbnorm._cpu.row_type import Row, data_of, element, size_of
 from nbnorm._cpu.vector_sums import Terms, emit_sums, gradients, shifted, vector_sums
 from nbnorm._cpu.vectors import BYTES, VECTOR, Source, Walk, totals, vector_of
 from nbnorm._math import computing_type, emitted, standardize
@@ -50,33 +50,46 @@ def hold_sums(x, stride, segments, shift, held, k):
 def _hold_sums(typingctx, x, stride, segments, shift, held, k):
     def generate(context, builder, signature, args):
         own_x, stride, segments, own_shift, *place = args
-        terms = shifted(builder, own_shift)
-        _emit_held(context, builder, [(x, own_x, stride)], segments, shift, terms, held, *place)
+        source = Source(x, data_of(context, builder, x, own_x), stride)
+        walk = Walk(context, builder, [source], size_of(context, builder, x, own_x), shift, segments)
+        _emit_held(context, builder, walk, shifted(builder, own_shift), held, *place)
         return context.get_dummy_value()
 
     index = types.intp
     return types.none(x, index, index, shift, held, index), generate
 
 
-def hold_grad_sums(x, x_stride, dz, dz_stride, segments, mean_hi, rstd, held, k):
-    """Keep what vectors hold of the sums of dz and of dz * x_hat; x_hat relative to the rounded mean.
+def hold_grad_sums(x, x_stride, dz, dz_stride, segments, n, means_hi, rstds, held, k):
+    """Keep what vectors hold of the sums of dz and of dz * x_hat of some runs, from row ``k`` of `ROWS` on.
 
-    They are those of some segments together, of which x and dz are the first and the next begin a stride behind.
+    These are neighbours of ``n`` elements, as many as there are means and rstds; x_hat is relative to the rounded mean.
+    Of each the sums are those of some segments together, of which x and dz are the first and the next begin a stride
+    behind.
     """
-    own_x, own_dz = _segments(x, x_stride, segments), _segments(dz, dz_stride, segments)
-    _hold(held, k, (own_dz.sum(), (own_dz * standardize(own_x, mean_hi, rstd)).sum()))
+    for i in range(means_hi.shape[0]):
+        own_x = _segments(x[i * n : (i + 1) * n], x_stride, segments)
+        own_dz = _segments(dz[i * n : (i + 1) * n], dz_stride, segments)
+        _hold(held, k + i, (own_dz.sum(), (own_dz * standardize(own_x, means_hi[i], rstds[i])).sum()))
 
 
 @emitted(hold_grad_sums)
-def _hold_grad_sums(typingctx, x, x_stride, dz, dz_stride, segments, mean_hi, rstd, held, k):
+def _hold_grad_sums(typingctx, x, x_stride, dz, dz_stride, segments, n, means_hi, rstds, held, k):
     def generate(context, builder, signature, args):
-        own_x, x_stride, own_dz, dz_stride, segments, own_mean, own_rstd, *place = args
-        rows, terms = [(x, own_x, x_stride), (dz, own_dz, dz_stride)], gradients(builder, own_mean, own_rstd)
-        _emit_held(context, builder, rows, segments, mean_hi, terms, held, *place)
+        own_x, x_stride, own_dz, dz_stride, segments, n, means, own_rstds, room, k = args
+        first, first_dz = data_of(context, builder, x, own_x), data_of(context, builder, dz, own_dz)
+        with cgutils.for_range(builder, size_of(context, builder, means_hi, means)) as loop:
+            i, at = loop.index, [builder.mul(loop.index, n)]
+            mean = element(context, builder, means_hi, means, i)
+            terms = gradients(builder, mean, element(context, builder, rstds, own_rstds, i))
+            sources = [
+                Source(x, builder.gep(first, at), x_stride), Source(dz, builder.gep(first_dz, at), dz_stride)
+            ]  # fmt: skip
+            walk = Walk(context, builder, sources, n, means_hi.dtype, segments)
+            _emit_held(context, builder, walk, terms, held, room, builder.add(k, i))
         return context.get_dummy_value()
 
     index = types.intp
-    return types.none(x, index, dz, index, index, mean_hi, rstd, held, index), generate
+    return types.none(x, index, dz, index, index, index, means_hi, rstds, held, index), generate
 
 
 def held_totals(held, which, rows, sums):
@@ -122,12 +135,8 @@ def _held_vectors(context: Any, builder: Any, held: Any, value: Any, vector: Any
     return builder.bitcast(data, vector.as_pointer())
 
 
-def _emit_held(
-    context: Any, builder: Any, rows: Any, segments: Any, number: Any, terms: Terms, held: Any, room: Any, k: Any
-) -> None:  # fmt: skip
-    """Emit both sums of row ``k``, each kept as a vector; of what is summed, types, values and strides are given."""
-    sources = [Source(kind, data_of(context, builder, kind, value), stride) for kind, value, stride in rows]
-    walk = Walk(context, builder, sources, size_of(context, builder, *rows[0][:2]), number, segments)
+def _emit_held(context: Any, builder: Any, walk: Walk, terms: Terms, held: Any, room: Any, k: Any) -> None:
+    """Emit both sums of row ``k``, each kept as a vector."""
 
     def keep(which: int, value: Any) -> None:
         if value.type != walk.vector:  # where there are few values, the first element is their sum

@@ -30,6 +30,7 @@ from nbnorm._cpu.tiles import (
     slot_count,
     within,
 )
+from nbnorm._cpu.vector_results import LONGEST, in_vectors, input_grad_vectors
 from nbnorm._math import add
 
 
@@ -48,28 +49,32 @@ def own_positions(weights, cut, slot, q, r, start, n):
 
 
 @inlined
-def hold_run(
-    cut, x, dy, residual, activation, weights, slot, q, r, segments, start, n, terms, own_room, held, i
+def hold_runs(
+    cut, x, dy, residual, activation, weights, slot, q, some, r, segments, start, n, terms, own_room, held, i
 ):
-    """Keep as number ``i`` the sums of ``n`` columns of a run in some rows from ``r`` on."""
+    """Keep, from number ``i`` on, the sums of ``n`` columns of each of some runs in some rows from ``r`` on."""
     stride, at = cut.group * cut.inner, (r * cut.group + slot) * cut.inner + start
-    mean_hi, rstd = terms[0, q], terms[1, q]
-    own_x = row(x, at, n)
     if weights is None and activation is None:
-        hold_grad_sums(own_x, stride, row(dy, at, n), stride, segments, mean_hi, rstd, held, i)
-        return
-    for s in range(segments):
-        a = at + s * stride
-        fill_counted(
-            row(x, a, n), row(dy, a, n), part(residual, a, n),
-            own_positions(weights, cut, slot, q, r + s, start, n),
-            mean_hi, terms[6, q], terms[7, q], activation, row(own_room, (0, s * n), n), row(own_room, (1, s * n), n),
+        size = some * n
+        hold_grad_sums(
+            row(x, at, size), stride, row(dy, at, size), stride, segments, n,
+            row(terms, (0, q), some), row(terms, (1, q), some), held, i,
         )  # fmt: skip
-    dz = row(own_room, (1, 0), n)
-    if weights is None:
-        hold_grad_sums(own_x, stride, dz, n, segments, mean_hi, rstd, held, i)
-    else:
-        hold_grad_sums(row(own_room, (0, 0), n), n, dz, n, segments, mean_hi, rstd, held, i)
+        return
+    for k in range(some):
+        j, first = q + k, at + k * n
+        for s in range(segments):
+            a = first + s * stride
+            fill_counted(
+                row(x, a, n), row(dy, a, n), part(residual, a, n),
+                own_positions(weights, cut, slot, j, r + s, start + k * n, n), terms[0, j], terms[6, j], terms[7, j],
+                activation, row(own_room, (0, s * n), n), row(own_room, (1, s * n), n),
+            )  # fmt: skip
+        dz, own_terms = row(own_room, (1, 0), n), (row(terms, (0, j), 1), row(terms, (1, j), 1))
+        if weights is None:
+            hold_grad_sums(row(x, first, n), stride, dz, n, segments, n, *own_terms, held, i + k)
+        else:
+            hold_grad_sums(row(own_room, (0, 0), n), n, dz, n, segments, n, *own_terms, held, i + k)
 
 
 @helper
@@ -97,17 +102,18 @@ def add_short_runs(
     held, count, first_held, end = held_like(x), 0, first_run, r + rows
     together = in_fours(cut.run, x)
     while r < end:
-        segments = min(together, end - r)
-        for q in range(first_run, end_run):
+        segments, q = min(together, end - r), first_run
+        while q < end_run:
             start, size = bounds(cut, q, c, n)
-            hold_run(
-                cut, x, dy, residual, activation, weights, slot, q, r, segments, start, size, terms,
+            some = 1 if size < cut.run else min(ROWS - count, (c + n) // cut.run - q)
+            hold_runs(
+                cut, x, dy, residual, activation, weights, slot, q, some, r, segments, start, size, terms,
                 own_room, held, count,
             )  # fmt: skip
-            count += 1
+            count, q = count + some, q + some
             if count == ROWS:
                 add_held(held, count, first_held, first_run, end_run, found, sums)
-                count, first_held = 0, q + 1 if q + 1 < end_run else first_run
+                count, first_held = 0, q if q < end_run else first_run
         r += segments
     add_held(held, count, first_held, first_run, end_run, found, sums)
 
@@ -219,6 +225,8 @@ def input_grad_chunk(
     x, dy, dx, seam, stream = borrowed(x), borrowed(dy), borrowed(dx), seam_like(dx), begin(dx, cut.streamed)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     together, n = at_once(cut, slots, cols)
+    vectors = in_vectors(x, (dresidual, residual, activation, weights)) and cut.run <= LONGEST
+    vectors = vectors and not (constant or stream.past)
     for r in range(r0, r0 + rows):
         for k in range(0, slots, together):
             c = k * cut.inner + c0
@@ -228,8 +236,13 @@ def input_grad_chunk(
                 own = (
                     terms[0, q], terms[1, q], terms[2, q], terms[3, q], terms[4, q], terms[6, q], terms[7, q],
                 )  # fmt: skip
-                own_weights = own_positions(weights, cut, slot, q, r, start, size)
-                given = (x, dy, dresidual, residual, own_weights, own, activation, constant)
                 first = (r * cut.group + slot) * cut.inner + start
-                stream = write_input_grad(dx, seam, stream, first, size, given)
+                if vectors:
+                    input_grad_vectors(
+                        row(x, first, size), row(dy, first, size), row(dx, first, size), *own[:5]
+                    )
+                else:
+                    own_weights = own_positions(weights, cut, slot, q, r, start, size)
+                    given = (x, dy, dresidual, residual, own_weights, own, activation, constant)
+                    stream = write_input_grad(dx, seam, stream, first, size, given)
     finish(dx, seam, stream)

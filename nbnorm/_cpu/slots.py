@@ -16,6 +16,7 @@ from nbnorm._cpu.short_slots import SLOTS, short_moments
 from nbnorm._cpu.stores import seam_like
 from nbnorm._cpu.streams import begin, finish, writer
 from nbnorm._cpu.tiles import TILE, line_moments, reciprocal_stds, slot_count, within
+from nbnorm._cpu.vector_results import LONGEST, in_vectors, normalize_vectors
 from nbnorm._math import accumulate, reciprocal_std, settled
 
 
@@ -136,13 +137,18 @@ def apply_chunk(g, x, y, slot, slots, chunk, terms, residual, activation):
     x, y, seam, stream = borrowed(x), borrowed(y), seam_like(y), begin(y, cut.streamed)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     together, n = at_once(cut, slots, cols)
+    vectors = in_vectors(x, (residual, activation)) and cut.run <= LONGEST and not stream.past
     for r in range(r0, r0 + rows):
         for k in range(0, slots, together):
             c = k * cut.inner + c0
             first_run, end_run = runs(c, n, cut.run)
             for q in range(first_run, end_run):
                 start, size = bounds(cut, q, c, n)
-                given = (x, residual, (terms[0, q], terms[1, q], terms[2, q]), activation)
+                own = (terms[0, q], terms[1, q], terms[2, q])
                 first = (r * cut.group + slot) * cut.inner + start
-                stream = write_run(y, seam, stream, first, size, given)
+                if vectors:
+                    normalize_vectors(row(x, first, size), row(y, first, size), *own)
+                else:
+                    given = (x, residual, own, activation)
+                    stream = write_run(y, seam, stream, first, size, given)
     finish(y, seam, stream)

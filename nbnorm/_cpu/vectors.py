@@ -32,6 +32,42 @@ class Source(NamedTuple):
     stride: Any = None
 
 
+class Place:
+    """Where a vector of each row lies, of which those lanes are ``there`` that a mask says, or all."""
+
+    def __init__(
+        self, context: Any, builder: Any, rows: list[Source], at: Any, vector: Any, there: Any
+    ) -> None:
+        self._builder, self._vector, self._there = builder, vector, there
+        self._size = context.get_abi_sizeof(vector.element)
+        self._places = [builder.bitcast(builder.gep(row.data, [at]), vector.as_pointer()) for row in rows]
+
+    def load(self) -> list[Any]:
+        """Emit the vectors of all rows but the last."""
+        return [self._load(place) for place in self._places[:-1]]
+
+    def _load(self, place: Any) -> Any:
+        """Emit a vector, 0 where it is not there."""
+        if self._there is None:
+            return self._builder.load(place, align=self._size)
+        nothing = ir.Constant(self._vector, None)
+        return self._masked("load", self._vector, [place, _LANE(self._size), self._there, nothing])
+
+    def store(self, vector: Any) -> None:
+        """Emit the vector of the last row."""
+        if self._there is None:
+            self._builder.store(vector, self._places[-1], align=self._size)
+        else:
+            self._masked("store", ir.VoidType(), [vector, self._places[-1], _LANE(self._size), self._there])
+
+    def _masked(self, what: str, result: Any, arguments: list[Any]) -> Any:
+        """Emit a load or a store by the mask."""
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        bits = {ir.FloatType(): 32, ir.DoubleType(): 64}[self._vector.element]
+        name = f"llvm.masked.{what}.v{self._vector.count}f{bits}.p0"
+        return self._builder.call(cgutils.get_or_insert_function(self._builder.module, kind, name), arguments)
+
+
 class Walk:
     """Code that goes through ``n`` elements of rows side by side, in the type that is computed with.
 
@@ -99,6 +135,19 @@ class Walk:
             first = everywhere(builder, builder.sub(_SIZE(lanes), left), lane.type)
             vectors = self._vectors(builder.sub(self.n, _SIZE(lanes)))
             yield vectors, builder.icmp_unsigned(">=", lane, first)
+
+    def places(self) -> Iterator[Place]:
+        """Emit what is done at the place of each vector, then at that of what fills none."""
+        builder, lanes = self._builder, self._lanes
+        left = builder.urem(self.n, _SIZE(lanes))
+        whole = builder.sub(self.n, left)
+        with cgutils.for_range_slice(builder, _SIZE(0), whole, _SIZE(lanes), _SIZE) as (at, _):
+            yield Place(self._context, builder, self._rows, at, self.vector, None)
+        with builder.if_then(builder.icmp_unsigned("!=", left, _SIZE(0))):
+            lane = ir.Constant(ir.VectorType(_LANE, lanes), list(range(lanes)))
+            end = everywhere(builder, builder.trunc(left, _LANE), lane.type)
+            there = builder.icmp_unsigned("<", lane, end)
+            yield Place(self._context, builder, self._rows, whole, self.vector, there)
 
     def _vectors(self, at: Any) -> list[Any]:
         """Emit the vector of neighbours of each row that begins somewhere."""
