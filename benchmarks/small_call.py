@@ -50,7 +50,9 @@ def steps() -> dict[str, dict[str, Callable[[], object]]]:
             "of it the kernel": lambda: columns.backward_kernel.serial(
                 g, lines[0], lines[1], lines[3], None, mean, rstd, *for_gradients, sums, float(count), None
             ),
-            "parameters' gradients": lambda: _gradients._parameter_gradients((mean, rstd), saved, outs, 3),
+            "parameters' gradients": lambda: _gradients._parameter_gradients(
+                (mean, rstd), weight, bias, outs, 3
+            ),
         },
     }
 

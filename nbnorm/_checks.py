@@ -434,6 +434,8 @@ def array_library(name: str, value: Any) -> Any:
 
 def not_a_result(name: str, value: Any, buffers: Iterable[np.ndarray]) -> None:
     """Refuse an input in the memory of a result that the layer is about to write again."""
+    if apart(value, *buffers):
+        return
     if isinstance(value, np.ndarray) and any(overlap(value, buffer) for buffer in buffers):
         raise ValueError(
             f"{name} shares memory with an earlier result of this layer, which reuse_buffers=True writes again; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ Array = np.ndarray
 Sums = tuple[Array, Array]
 GRADIENTS = ("dx", "dweight", "dbias")
 WITHOUT_BIAS = GRADIENTS[:2]
-NO_BUFFERS = (None,) * len(GRADIENTS)
 
 
 def backward(
@@ -34,14 +33,14 @@ def backward(
         check_saved(norm, saved)
     if need is names and _at_a_glance(dy, saved, out, len(names)):
         x, weight, bias, mean, rstd = saved.x, saved.weight, saved.bias, saved.mean, saved.rstd
-        dx = _layout.empty_like(x) if out is None else out[0]
+        buffers = (_layout.empty_like(x), None, None) if out is None else out
         if rstd.ndim != 1:
             mean, rstd = _statistics(saved)
         sums = backend(x).backward(
-            saved.view, x, dy, dx, None, mean, rstd, saved.epilogue, saved.count, saved.mask,
+            saved.view, x, dy, buffers[0], None, mean, rstd, saved.epilogue, saved.count, saved.mask,
             not weight is bias is None,
         )  # fmt: skip
-        return (dx, *_parameter_gradients(sums, saved, NO_BUFFERS if out is None else out, len(names)))
+        return (buffers[0], *_parameter_gradients(sums, weight, bias, buffers, len(names)))
     known = (*names, "dresidual") if saved.with_residual else names
     needed = _needed(need, names, known)
     dy = gradient(dy, saved)
@@ -59,7 +58,9 @@ def backward(
         buffers[0],
         buffers[-1] if saved.with_residual else None,
     )
-    gradients = (dx, *_parameter_gradients(sums, saved, buffers, len(names), wanted))
+    weight = saved.weight if wanted[1] else None
+    bias = saved.bias if names == GRADIENTS and wanted[2] else None
+    gradients = (dx, *_parameter_gradients(sums, weight, bias, buffers, len(names)))
     return (*gradients, dresidual) if saved.with_residual else gradients
 
 
@@ -271,13 +272,9 @@ def input_buffers(out: Any, saved: Saved) -> tuple[Array | None, Array | None]:
 
 
 def _parameter_gradients(
-    sums: Any, saved: Saved, buffers: tuple[Any, ...], names: int, wanted: Sequence[bool] | None = None
+    sums: Any, weight: Array | None, bias: Array | None, buffers: tuple[Array | None, ...], names: int
 ) -> tuple[Array | None, ...]:
-    """Return dweight and, of three names, dbias, in their buffers if there are such; None where not wanted."""
-    weight, bias = saved.weight, saved.bias
-    if wanted is not None:
-        weight = weight if wanted[1] else None
-        bias = bias if names > 2 and wanted[2] else None
+    """Return dweight and, of three names, dbias, None where there is no such parameter or its gradient not wanted."""
     dweight = None if weight is None else _cast(sums[1], weight, buffers[1])
     if names < 3:
         return (dweight,)

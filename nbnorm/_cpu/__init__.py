@@ -126,7 +126,7 @@ def grad_sums(
     if view.traversal == "rows":
         return _row_gradients(view, x, dy, None, mean, rstd, None, True)
     sums = _no_sums(view)
-    _gradients(view, x, dy, None, None, mean, rstd, epilogue, sums, 0.0, mask, None)
+    _gradient_passes(view, x, dy, None, None, mean, rstd, epilogue, sums, 0.0, mask, None)
     return _by_parameter(view, sums)
 
 
@@ -155,24 +155,22 @@ def input_grad(
     For norms whose every slot has parameters of its own.
     """
     slot_sums = _no_sums(view) if sums is None else np.stack(sums)[:, :, np.newaxis]
-    _gradients(view, x, dy, dx, dresidual, mean, rstd, epilogue, slot_sums, count, mask, sums is None)
+    _gradient_passes(view, x, dy, dx, dresidual, mean, rstd, epilogue, slot_sums, count, mask, sums is None)
 
 
-def _gradients(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, mask, constant):
+def _gradient_passes(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, mask, constant):
     """Write the sums, where ``constant`` is None, and dx, if there is room for it; planes and columns.
 
     Else sums are given, and ``constant`` says whether the statistics are constants.
     """
-    if not view.size:
-        return
-    threads = threads_for(view.size)
-    walk, g, team = _gradient_start(view, threads, x, dx, mask)
-    arrays = g, flat(x), flat(dy), optional(dx), optional(dresidual), mean, rstd
-    options = _options(view, epilogue, mask, gradient=True)
-    if team and dx is not None and constant is None:
-        walk.backward_kernel.on(team)(*arrays, *options, sums, *_counts(count))
-    else:
-        walk.gradient_passes_kernel.on(threads)(*arrays, *options, sums, *_counts(count), constant)
+    if view.size:
+        threads = threads_for(view.size)
+        size = 0 if dx is None else 3 * x.nbytes
+        walk, g, _ = start(view, threads, mask is not None, size, x.dtype.char)
+        walk.gradient_passes_kernel.on(threads)(
+            g, flat(x), flat(dy), optional(dx), optional(dresidual), mean, rstd,
+            *_options(view, epilogue, mask, gradient=True), sums, *_counts(count), constant,
+        )  # fmt: skip
 
 
 def _row_gradients(
@@ -184,7 +182,7 @@ def _row_gradients(
     if not view.size:
         return np.zeros(parameters), np.zeros(parameters)
     threads = threads_for(view.size)
-    walk, g, team = _gradient_start(view, threads, x, dx, None)
+    walk, g, team = start(view, threads, False, 0 if dx is None else 3 * x.nbytes, x.dtype.char)
     sums = total = rest = None
     if with_parameters:
         sums = np.empty((walk.band_count(g), 2, parameters), computing(x.dtype))
@@ -196,11 +194,6 @@ def _row_gradients(
     else:
         walk.gradient_passes_kernel.on(threads)(*arrays)
     return (np.zeros(0), np.zeros(0)) if total is None else (total[0], total[1])
-
-
-def _gradient_start(view, threads, x, dx, mask):
-    """Return the start of a walk over x, dy and dx, if there is room for it."""
-    return start(view, threads, mask is not None, 0 if dx is None else 3 * x.nbytes, x.dtype.char)
 
 
 def _counts(count: float | Array) -> tuple[float, Array | None]:
@@ -219,7 +212,17 @@ def backward(
     if view.traversal == "rows":
         return _row_gradients(view, x, dy, dx, mean, rstd, epilogue.weight, with_parameters)
     sums = _no_sums(view)
-    _gradients(view, x, dy, dx, dresidual, mean, rstd, epilogue, sums, count, mask, None)
+    if view.size:
+        threads = threads_for(view.size)
+        walk, g, team = start(view, threads, mask is not None, 3 * x.nbytes, x.dtype.char)
+        arguments = (
+            g, flat(x), flat(dy), flat(dx), optional(dresidual), mean, rstd,
+            *_options(view, epilogue, mask, gradient=True), sums, *_counts(count),
+        )  # fmt: skip
+        if team:
+            walk.backward_kernel.on(team)(*arguments)
+        else:
+            walk.gradient_passes_kernel.on(threads)(*arguments, None)
     return _by_parameter(view, sums)
 
 

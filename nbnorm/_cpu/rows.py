@@ -127,5 +127,9 @@ def backward_kernel(g, x, dy, dx, mean, rstd, weight, sums, total, rest, long):
     for band in prange(unpack(g).bands):
         backward_band(g, x, dy, dx, band, mean, rstd, weight, sums, long)
     if sums is not None:
-        for task in prange(column_tasks(sums)):
-            add_bands(sums, total, rest, task)
+        tasks = column_tasks(sums)
+        if tasks == 1:
+            add_bands(sums, total, rest, 0)
+        else:
+            for task in prange(tasks):
+                add_bands(sums, total, rest, task)
