@@ -33,14 +33,19 @@ def sums_of_rows(x, first, apart, n, shift, sums):
 
 
 @kernel
-def grad_sums_of_rows(x, dz, first, apart, n, segments, stride, mean_hi, rstd, sums):
+def grad_sums_of_rows(x, dy, first, apart, n, segments, stride, terms, activation, sums):
     """Sums of dz and of dz * x_hat of some rows of a line, each some segments; of neighbours at once."""
-    rows = mean_hi.shape[0]
+    rows = terms.shape[1]
     held, some = held_like(x), rows if apart == n else 1
     for k in range(0, rows, some):
-        own_x, own_dz = row(x, first + k * apart, some * n), row(dz, first + k * apart, some * n)
-        terms = row(mean_hi, k, some), row(rstd, k, some)
-        hold_grad_sums(own_x, stride, own_dz, stride, segments, n, *terms, held, k)
+        own_x, own_dy = row(x, first + k * apart, some * n), row(dy, first + k * apart, some * n)
+        own = (
+            row(terms, (0, k), some),
+            row(terms, (1, k), some),
+            row(terms, (2, k), some),
+            row(terms, (3, k), some),
+        )
+        hold_grad_sums(own_x, stride, own_dy, stride, segments, n, own, activation, held, k)
     for which in range(2):
         held_totals(held, which, rows, row(sums, (which, 0), ROWS))
 
@@ -92,25 +97,29 @@ def test_rows_side_by_side(dtype, rng):
 @pytest.mark.parametrize(
     "dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64], ids=lambda t: np.dtype(t).name
 )
-def test_gradients_of_segments(dtype, rng):
+@pytest.mark.parametrize("activation", [None, True], ids=["plain", "relu"])
+def test_gradients_of_segments(dtype, activation, rng):
     """Segments of a row count once each, in sums of any rows; NaN between segments and rows does not."""
     kind = computing(np.dtype(dtype)).type
     eps = np.finfo(kind).eps
     for rows, segments in ((1, 1), (3, 2), (8, 4), (13, 1), (16, 3)):
         for n, apart in ((1, 2), (5, 5), (15, 17), (16, 16), (17, 17), (33, 40), (64, 64), (196, 200)):
             stride = rows * apart + 3
-            x, dz = (np.full(5 + segments * stride, np.nan).astype(dtype) for _ in range(2))
+            x, dy = (np.full(5 + segments * stride, np.nan).astype(dtype) for _ in range(2))
             counted = 5 + np.add.outer(np.arange(segments) * stride, np.arange(rows) * apart)[..., np.newaxis]
             counted = counted + np.arange(n)
-            for line in (x, dz):
+            for line in (x, dy):
                 line[counted] = (rng.standard_normal(counted.shape) + 1).astype(dtype)
-            mean_hi, rstd = rng.standard_normal((2, rows)).astype(kind).copy()
+            terms = rng.standard_normal((4, rows)).astype(kind)
             sums = np.full((3, ROWS), np.nan)
-            given = [line if line.itemsize > 2 else stored(line) for line in (x, dz)]
-            grad_sums_of_rows(*given, 5, apart, n, segments, stride, mean_hi, rstd, sums)
-            own_x, own_dz = (line[counted].astype(np.float64) for line in (x, dz))
-            terms = own_dz, own_dz * ((own_x - mean_hi[:, np.newaxis]) * rstd[:, np.newaxis])
-            for found, term in zip(sums, terms, strict=False):
+            given = [line if line.itemsize > 2 else stored(line) for line in (x, dy)]
+            grad_sums_of_rows(*given, 5, apart, n, segments, stride, terms, activation, sums)
+            own_x, dz = (line[counted].astype(np.float64) for line in (x, dy))
+            mean_hi, rstd, scale, shift = terms[..., np.newaxis].astype(np.float64)
+            if activation:
+                dz = np.where((own_x - mean_hi) * scale + shift <= 0, 0, dz)
+            wanted = dz, dz * ((own_x - mean_hi) * rstd)
+            for found, term in zip(sums, wanted, strict=False):
                 error = np.abs(found[:rows] - term.sum(axis=(0, 2)))
                 assert (error <= 4 * eps * np.abs(term).sum(axis=(0, 2))).all(), (rows, segments, n)
 
@@ -127,4 +136,4 @@ assert processor_has("avx2") and not processor_has("avx512f")
 assert pytest.main(["-q", "-p", "no:cacheprovider", "-k", "test_every_length or rows or segments", {__file__!r}]) == 0
 """
     environment = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}
-    assert "16 passed" in "\n".join(processes.run(code, **environment, NUMBA_CACHE_DIR=tmp_path))
+    assert "20 passed" in "\n".join(processes.run(code, **environment, NUMBA_CACHE_DIR=tmp_path))

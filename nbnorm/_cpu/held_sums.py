@@ -18,7 +18,7 @@ from nbnorm._cpu.memory import emit_room
 from nbnorm._cpu.row_type import Row, data_of, element, size_of
 from nbnorm._cpu.vector_sums import Terms, emit_sums, gradients, shifted, vector_sums
 from nbnorm._cpu.vectors import BYTES, VECTOR, Source, Walk, totals, vector_of
-from nbnorm._math import computing_type, emitted, standardize
+from nbnorm._math import computing_type, emitted, normalize, standardize
 
 ROWS = VECTOR  # that are put together
 HELD = ROWS * VECTOR  # elements of the room for what vectors hold of one of their sums
@@ -59,37 +59,40 @@ def _hold_sums(typingctx, x, stride, segments, shift, held, k):
     return types.none(x, index, index, shift, held, index), generate
 
 
-def hold_grad_sums(x, x_stride, dz, dz_stride, segments, n, means_hi, rstds, held, k):
+def hold_grad_sums(x, x_stride, dy, dy_stride, segments, n, terms, activation, held, k):
     """Keep what vectors hold of the sums of dz and of dz * x_hat of some runs, from row ``k`` of `ROWS` on.
 
-    These are neighbours of ``n`` elements, as many as there are means and rstds; x_hat is relative to the rounded mean.
-    Of each the sums are those of some segments together, of which x and dz are the first and the next begin a stride
-    behind.
+    These are neighbours of ``n`` elements. Rows of ``terms`` have for each of them the rounded mean, to which x_hat is
+    relative, rstd, and scale and shift of z, which only an activation asks for. The sums of a run are those of some
+    segments together, of which x and dy are the first and the next begin a stride behind.
     """
-    for i in range(means_hi.shape[0]):
+    for i, (mean_hi, rstd, scale, shift) in enumerate(zip(*terms, strict=True)):
         own_x = _segments(x[i * n : (i + 1) * n], x_stride, segments)
-        own_dz = _segments(dz[i * n : (i + 1) * n], dz_stride, segments)
-        _hold(held, k + i, (own_dz.sum(), (own_dz * standardize(own_x, means_hi[i], rstds[i])).sum()))
+        own_dy = _segments(dy[i * n : (i + 1) * n], dy_stride, segments)
+        z = normalize(own_x, mean_hi, scale, shift)
+        dz = own_dy if activation is None else np.where(z <= 0, 0, own_dy)
+        _hold(held, k + i, (dz.sum(), (dz * standardize(own_x, mean_hi, rstd)).sum()))
 
 
 @emitted(hold_grad_sums)
-def _hold_grad_sums(typingctx, x, x_stride, dz, dz_stride, segments, n, means_hi, rstds, held, k):
+def _hold_grad_sums(typingctx, x, x_stride, dy, dy_stride, segments, n, terms, activation, held, k):
     def generate(context, builder, signature, args):
-        own_x, x_stride, own_dz, dz_stride, segments, n, means, own_rstds, room, k = args
-        first, first_dz = data_of(context, builder, x, own_x), data_of(context, builder, dz, own_dz)
-        with cgutils.for_range(builder, size_of(context, builder, means_hi, means)) as loop:
+        own_x, x_stride, own_dy, dy_stride, segments, n, own_terms, _, room, k = args
+        first, first_dy = data_of(context, builder, x, own_x), data_of(context, builder, dy, own_dy)
+        rows = cgutils.unpack_tuple(builder, own_terms)
+        with cgutils.for_range(builder, size_of(context, builder, terms[0], rows[0])) as loop:
             i, at = loop.index, [builder.mul(loop.index, n)]
-            mean = element(context, builder, means_hi, means, i)
-            terms = gradients(builder, mean, element(context, builder, rstds, own_rstds, i))
+            own = [element(context, builder, kind, value, i) for kind, value in zip(terms, rows, strict=True)]
             sources = [
-                Source(x, builder.gep(first, at), x_stride), Source(dz, builder.gep(first_dz, at), dz_stride)
+                Source(x, builder.gep(first, at), x_stride), Source(dy, builder.gep(first_dy, at), dy_stride)
             ]  # fmt: skip
-            walk = Walk(context, builder, sources, n, means_hi.dtype, segments)
-            _emit_held(context, builder, walk, terms, held, room, builder.add(k, i))
+            walk = Walk(context, builder, sources, n, terms[0].dtype, segments)
+            of_run = gradients(builder, *own, activation)
+            _emit_held(context, builder, walk, of_run, held, room, builder.add(k, i))
         return context.get_dummy_value()
 
     index = types.intp
-    return types.none(x, index, dz, index, index, index, means_hi, rstds, held, index), generate
+    return types.none(x, index, dy, index, index, index, terms, activation, held, index), generate
 
 
 def held_totals(held, which, rows, sums):

@@ -31,6 +31,7 @@ from nbnorm._cpu.tiles import (
     within,
 )
 from nbnorm._cpu.vector_results import LONGEST, in_vectors, input_grad_vectors
+from nbnorm._cpu.vector_terms import by_vectors
 from nbnorm._math import add
 
 
@@ -49,17 +50,34 @@ def own_positions(weights, cut, slot, q, r, start, n):
 
 
 @inlined
+def sum_terms(terms, q, some):
+    """Mean, rstd, scale and shift of some runs."""
+    return (
+        row(terms, (0, q), some),
+        row(terms, (1, q), some),
+        row(terms, (6, q), some),
+        row(terms, (7, q), some),
+    )
+
+
+@inlined
+def hold_at_once(x, dy, at, stride, segments, some, n, terms, q, activation, held, i):
+    """Keep, from number ``i`` on, the sums of ``n`` columns of each of some runs, which vectors take from x and dy."""
+    own_x, own_dy = row(x, at, some * n), row(dy, at, some * n)
+    hold_grad_sums(own_x, stride, own_dy, stride, segments, n, sum_terms(terms, q, some), activation, held, i)
+
+
+@inlined
 def hold_runs(
     cut, x, dy, residual, activation, weights, slot, q, some, r, segments, start, n, terms, own_room, held, i
 ):
     """Keep, from number ``i`` on, the sums of ``n`` columns of each of some runs in some rows from ``r`` on."""
     stride, at = cut.group * cut.inner, (r * cut.group + slot) * cut.inner + start
-    if weights is None and activation is None:
-        size = some * n
-        hold_grad_sums(
-            row(x, at, size), stride, row(dy, at, size), stride, segments, n,
-            row(terms, (0, q), some), row(terms, (1, q), some), held, i,
-        )  # fmt: skip
+    if weights is None and activation is None:  # with nothing to ask for, what follows is not compiled
+        hold_at_once(x, dy, at, stride, segments, some, n, terms, q, activation, held, i)
+        return
+    if by_vectors(activation, (residual, weights)):
+        hold_at_once(x, dy, at, stride, segments, some, n, terms, q, activation, held, i)
         return
     for k in range(some):
         j, first = q + k, at + k * n
@@ -70,11 +88,11 @@ def hold_runs(
                 own_positions(weights, cut, slot, j, r + s, start + k * n, n), terms[0, j], terms[6, j], terms[7, j],
                 activation, row(own_room, (0, s * n), n), row(own_room, (1, s * n), n),
             )  # fmt: skip
-        dz, own_terms = row(own_room, (1, 0), n), (row(terms, (0, j), 1), row(terms, (1, j), 1))
+        dz, own = row(own_room, (1, 0), n), sum_terms(terms, j, 1)
         if weights is None:
-            hold_grad_sums(row(x, first, n), stride, dz, n, segments, n, *own_terms, held, i + k)
+            hold_grad_sums(row(x, first, n), stride, dz, n, segments, n, own, None, held, i + k)
         else:
-            hold_grad_sums(row(own_room, (0, 0), n), n, dz, n, segments, n, *own_terms, held, i + k)
+            hold_grad_sums(row(own_room, (0, 0), n), n, dz, n, segments, n, own, None, held, i + k)
 
 
 @helper
@@ -147,8 +165,8 @@ def add_long_runs(cut, x, dy, residual, activation, weights, slot, r, rows, c, n
 def chunk_grad_sums(g, x, dy, slot, slots, chunk, terms, residual, activation, weights, sums):
     """Sums of dz and of dz * x_hat over one chunk of each of some slots, by run, with their rests.
 
-    The walk is along memory. An activation makes dz of dy within the sums of long runs, and in room before those of
-    short ones.
+    The walk is along memory. An activation makes dz of dy within the sums of long runs; of short ones relu does, others
+    do so in room before them.
     """
     cut = unpack(g)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
@@ -225,8 +243,8 @@ def input_grad_chunk(
     x, dy, dx, seam, stream = borrowed(x), borrowed(dy), borrowed(dx), seam_like(dx), begin(dx, cut.streamed)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     together, n = at_once(cut, slots, cols)
-    vectors = in_vectors(x, (dresidual, residual, activation, weights)) and cut.run <= LONGEST
-    vectors = vectors and not (constant or stream.past)
+    vectors = in_vectors(x) and by_vectors(activation, (dresidual, residual, weights))
+    vectors = vectors and cut.run <= LONGEST and not (constant or stream.past)
     for r in range(r0, r0 + rows):
         for k in range(0, slots, together):
             c = k * cut.inner + c0
@@ -239,7 +257,7 @@ def input_grad_chunk(
                 first = (r * cut.group + slot) * cut.inner + start
                 if vectors:
                     input_grad_vectors(
-                        row(x, first, size), row(dy, first, size), row(dx, first, size), *own[:5]
+                        row(x, first, size), row(dy, first, size), row(dx, first, size), *own, activation
                     )
                 else:
                     own_weights = own_positions(weights, cut, slot, q, r, start, size)

@@ -17,6 +17,7 @@ from nbnorm._cpu.stores import seam_like
 from nbnorm._cpu.streams import begin, finish, writer
 from nbnorm._cpu.tiles import TILE, line_moments, reciprocal_stds, slot_count, within
 from nbnorm._cpu.vector_results import LONGEST, in_vectors, normalize_vectors
+from nbnorm._cpu.vector_terms import by_vectors
 from nbnorm._math import accumulate, reciprocal_std, settled
 
 
@@ -137,7 +138,8 @@ def apply_chunk(g, x, y, slot, slots, chunk, terms, residual, activation):
     x, y, seam, stream = borrowed(x), borrowed(y), seam_like(y), begin(y, cut.streamed)
     r0, rows, c0, cols = block(chunk, cut.outer, cut.inner, cut.rows, cut.cols)
     together, n = at_once(cut, slots, cols)
-    vectors = in_vectors(x, (residual, activation)) and cut.run <= LONGEST and not stream.past
+    vectors = in_vectors(x) and by_vectors(activation, (residual,)) and cut.run <= LONGEST
+    vectors = vectors and not stream.past
     for r in range(r0, r0 + rows):
         for k in range(0, slots, together):
             c = k * cut.inner + c0
@@ -147,7 +149,7 @@ def apply_chunk(g, x, y, slot, slots, chunk, terms, residual, activation):
                 own = (terms[0, q], terms[1, q], terms[2, q])
                 first = (r * cut.group + slot) * cut.inner + start
                 if vectors:
-                    normalize_vectors(row(x, first, size), row(y, first, size), *own)
+                    normalize_vectors(row(x, first, size), row(y, first, size), *own, activation)
                 else:
                     given = (x, residual, own, activation)
                     stream = write_run(y, seam, stream, first, size, given)

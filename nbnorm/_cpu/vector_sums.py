@@ -18,6 +18,7 @@ from numba.core import cgutils
 
 from nbnorm._cpu.halves import widen
 from nbnorm._cpu.row_type import data_of, size_of
+from nbnorm._cpu.vector_terms import emit_fused, emit_rectified
 from nbnorm._cpu.vectors import Source, Walk, added, everywhere, total
 from nbnorm._inner import processor_has
 from nbnorm._math import emitted
@@ -64,12 +65,15 @@ def shifted(builder: Any, shift: Any) -> Terms:
     return terms
 
 
-def gradients(builder: Any, mean_hi: Any, rstd: Any) -> Terms:
-    """Return what emits dz, whose product with x_hat is summed, too."""
+def gradients(builder: Any, mean_hi: Any, rstd: Any, scale: Any, shift: Any, activation: Any) -> Terms:
+    """Return what emits dz, whose product with x_hat is summed, too; scale and shift are z's below an activation."""
 
     def terms(vectors: list[Any], counted: Any) -> tuple[Any, Any, Any]:
-        x, dz = vectors
-        x_hat = builder.fmul(builder.fsub(x, _like(builder, mean_hi, x)), _like(builder, rstd, x))
+        x, dy = vectors
+        own_rstd, own_scale, own_shift = (_like(builder, value, x) for value in (rstd, scale, shift))
+        deviation = builder.fsub(x, _like(builder, mean_hi, x))
+        dz = emit_rectified(builder, activation, dy, emit_fused(builder, deviation, own_scale, own_shift))
+        x_hat = builder.fmul(deviation, own_rstd)
         dz, x_hat = _counting(builder, counted, dz), _counting(builder, counted, x_hat)
         return dz, dz, x_hat
 
