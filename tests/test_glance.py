@@ -131,6 +131,45 @@ def test_kinds_that_are_forgotten(norm, rng, monkeypatch):
         assert 1 <= len(_known._kinds) <= 2
 
 
+@pytest.mark.usefixtures("known")
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("nonfinite", ["propagate", "raise"])
+def test_running_statistics_behind_a_view_of_a_known_kind(name, nonfinite, rng):
+    """A parameter that is a view of a running buffer: refused, as the first time."""
+    given = call(rng) | {"out": None, "nonfinite": nonfinite}
+    given[name] = given["running_mean"][:]
+    before = given["running_mean"].copy()
+    with pytest.raises(ValueError, match=f"running_mean shares memory with {name}"):
+        nbnorm.batch_norm_forward(**given)
+    np.testing.assert_array_equal(given["running_mean"], before)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("norm", ["batch", "group", "instance"])
+def test_activations_of_a_known_kind(norm, activation, rng):
+    """Results and gradients of the first call, of the next ones too, beside calls without an activation."""
+    forward, given, options = ordinary(norm, rng)
+    backward = getattr(nbnorm, f"{norm}_norm_backward")
+    found = []
+    for _ in range(3):
+        forward(**given, **options)
+        y, saved = forward(**given | {"out": None}, **options, activation=activation)
+        found.append((y, *backward(given["x"], saved)))
+    assert (found[0][0] >= (0 if activation == "relu" else -0.3)).all()
+    for others in found[1:]:
+        for first, other in zip(found[0], others, strict=True):
+            oracle.assert_same_bits(other, first)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_known_kind_without_spread(norm):
+    """0 / 0 is warned of by the second call, too."""
+    forward, options = getattr(nbnorm, f"{norm}_norm_forward"), {"num_groups": 1} if norm == "group" else {}
+    for _ in range(2):
+        with pytest.warns(RuntimeWarning, match=f"invalid value encountered in {norm}_norm_forward"):
+            forward(np.zeros((6, 3, 5)), eps=0.0, **options)
+
+
 @pytest.mark.parametrize(
     ("norm", "name", "known", "fault"),
     [
