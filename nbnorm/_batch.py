@@ -84,7 +84,7 @@ def forward_known(
     if settings.renorm is not None or settings.rule.nonfinite == "raise" or kind.values == 1.0:
         return None
     pair = None
-    if not running_mean is running_var is None:
+    if running_mean is not None or running_var is not None:
         owned = out is not None or _glance.owners(x, weight, bias)
         if not (
             owned

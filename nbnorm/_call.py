@@ -31,7 +31,7 @@ class Call(NamedTuple):
     epilogue: Epilogue
     with_residual: bool
     mask: Mask | None
-    sample_axis: int
+    sample_axis: int  # of a call with a mask
     eps: float
     out: Array | None
     owned: bool  # whether all that came, and ``out``, surely own their memory, seen at a glance
@@ -161,7 +161,7 @@ def _of_kind(
     epilogue = Epilogue(weight, bias, None, kind.activation)
     owned = out is not None or _glance.owners(x, weight, bias)
     return Call(
-        operation, x, x, kind.view, None, epilogue, False, None, kind.samples, _checks.eps(eps), out, owned, True
+        operation, x, x, kind.view, None, epilogue, False, None, -1, _checks.eps(eps), out, owned, True
     )  # fmt: skip
 
 
@@ -173,11 +173,8 @@ def _note(key: _known.Key | None, call: Call, x: Any, weight: Any, bias: Any, sh
         and call.x is x
         and call.epilogue.weight is weight
         and call.epilogue.bias is bias
-        and _layout.empty_like(x).strides == x.strides
     ):
-        kind = Kind(
-            call.view, call.sample_axis, shape, np.float64(call.view.values), call.epilogue.activation
-        )
+        kind = Kind(call.view, shape, np.float64(call.view.values), call.epilogue.activation)
         _known.note(key, kind)
 
 
@@ -264,7 +261,7 @@ def normalize_known(
     """Run a forward call of a known kind by x's own statistics, in few steps; ``tracked``: m2 is saved, too."""
     eps = _checks.eps(eps)
     y = np.empty_like(x) if out is None else out
-    view, _, shape, values, activation = kind
+    view, shape, values, activation = kind
     epilogue = Epilogue(weight, bias, None, activation)
     mean, m2, rstd = _cpu.forward(view, x, y, epilogue, eps, centered)
     if eps == 0.0:

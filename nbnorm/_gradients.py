@@ -38,7 +38,7 @@ def backward(
             mean, rstd = _statistics(saved)
         sums = backend(x).backward(
             saved.view, x, dy, buffers[0], None, mean, rstd, saved.epilogue, saved.count, saved.mask,
-            not weight is bias is None,
+            weight is not None or bias is not None,
         )  # fmt: skip
         return (buffers[0], *_parameter_gradients(sums, weight, bias, buffers, len(names)))
     known = (*names, "dresidual") if saved.with_residual else names

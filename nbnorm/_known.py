@@ -27,8 +27,6 @@ class Kind(NamedTuple):
     ----------
     view : View
         How x is walked as it lies in memory.
-    samples : int
-        The axis of the samples.
     shape : tuple of int
         Shape of the statistics.
     values : float
@@ -38,7 +36,6 @@ class Kind(NamedTuple):
     """
 
     view: View
-    samples: int
     shape: tuple[int, ...]
     values: np.float64
     activation: Any

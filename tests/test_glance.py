@@ -222,14 +222,19 @@ def test_running_statistics_in_a_view(rng):
 def test_what_only_looks_ordinary_to_a_forward_call(norm, rng):
     """Results in x, of another shape or type or read-only, and parameters of such are refused; nothing is written."""
     forward, given, options = ordinary(norm, rng)
+    forward(**given, **options)
+    given["out"][...] = 7
     x = given["x"]
     for name, value, message in (
         ("out", x, "out shares memory with x"),
         ("out", read_only(x.copy()), "read-only"),
         ("out", x.astype(np.float64), "out has dtype float64"),
+        ("out", np.full(x.shape, 7, np.int32), "out has dtype int32"),
         ("out", x[..., np.newaxis].copy(), "out has shape"),
+        ("out", x[:2].copy(), "out has shape"),
         ("weight", np.ones(5, np.float32), "weight has shape"),
         ("weight", np.ones(4, np.int64), "weight has dtype int64"),
+        ("weight", given["out"][0, 0], "out shares memory with weight"),
     ):
         before = {key: array.copy() for key, array in given.items()}
         with pytest.raises((ValueError, TypeError), match=message):
@@ -238,10 +243,21 @@ def test_what_only_looks_ordinary_to_a_forward_call(norm, rng):
             np.testing.assert_array_equal(array, before[key])
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_result_in_another_order(norm, rng):
+    """Of a known kind, too, it has the values of one in the order of x."""
+    forward, given, options = ordinary(norm, rng)
+    expected = forward(**given, **options)[0].copy()
+    other = np.full(expected.shape, 7, np.float32, order="F")
+    forward(**given | {"out": other}, **options)
+    np.testing.assert_array_equal(other, expected)
+
+
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_a_result_in_its_weight(norm, rng):
     """Over all axes the weight is as large as x; it is read while the result is written."""
     x, weight = rng.standard_normal((2, 4, 4))
+    getattr(nbnorm, f"{norm}_norm_forward")(x, weight, axis=(0, 1))
     with pytest.raises(ValueError, match="out shares memory with weight"):
         getattr(nbnorm, f"{norm}_norm_forward")(x, weight, axis=(0, 1), out=weight)
 
