@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbnorm import _call, _checks, _glance, _masks, _warn, running
+from nbnorm import _call, _checks, _glance, _known, _masks, _warn, running
 from nbnorm._call import Call
 from nbnorm._dispatch import backend
 from nbnorm._known import Kind
@@ -85,9 +85,8 @@ def forward_known(
         return None
     pair = None
     if running_mean is not None or running_var is not None:
-        owned = out is not None or _glance.owners(x, weight, bias)
         if not (
-            owned
+            _known.owned(x, weight, bias, out)
             and _glance.fitting_pair(running_mean, running_var, kind.view.slots, x, weight, bias, None, out)
         ):
             return None

@@ -159,7 +159,7 @@ def _of_kind(
 ) -> Call:
     """Return a call of a known kind."""
     epilogue = Epilogue(weight, bias, None, kind.activation)
-    owned = out is not None or _glance.owners(x, weight, bias)
+    owned = _known.owned(x, weight, bias, out)
     return Call(
         operation, x, x, kind.view, None, epilogue, False, None, -1, _checks.eps(eps), out, owned, True
     )  # fmt: skip

@@ -34,13 +34,11 @@ def forward_training(
     """Normalize each virtual batch of ``size``, or the batch; its moments enter the running statistics once."""
     if size is None:
         kind = _call.known("batch", channel_axis, None, options, x, weight, bias, out)[1]
-        found = (
-            None
-            if kind is None
-            else _batch.forward_known(
+        found = None
+        if kind is not None:
+            found = _batch.forward_known(
                 operation, kind, x, weight, bias, eps, out, running_mean, running_var, settings
             )
-        )
         if found is not None:
             return found
     call = _call.batch_call(operation, x, weight, bias, eps, channel_axis, out, options)

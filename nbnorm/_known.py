@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nbnorm._glance import owners
 from nbnorm._view import View
 
 Key = tuple[Any, ...]
@@ -83,6 +84,11 @@ def find(
         return None, None
     key = family, axis, groups, activation, x.shape, x.strides, x.dtype, of_weight, of_bias
     return key, _kinds.get(key)
+
+
+def owned(x: Any, weight: Any, bias: Any, out: Any) -> bool:
+    """Whether the arrays of a known call all own their memory: beside a buffer, `find` knows no others."""
+    return out is not None or owners(x, weight, bias)
 
 
 def note(key: Key, kind: Kind) -> None:

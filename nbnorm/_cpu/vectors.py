@@ -43,7 +43,7 @@ class Place:
         self._places = [builder.bitcast(builder.gep(row.data, [at]), vector.as_pointer()) for row in rows]
 
     def load(self) -> list[Any]:
-        """Emit the vectors of all rows but the last."""
+        """Emit the vectors of all rows but the last, which is the result."""
         return [self._load(place) for place in self._places[:-1]]
 
     def _load(self, place: Any) -> Any:
